@@ -1,0 +1,18 @@
+"""Eight devices on one CPU, strict numerics, and a compilation cache shared by the workers."""
+
+import os
+import pathlib
+import tempfile
+
+# Before jax starts its backend: sharding tests need several devices.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+
+CACHE = pathlib.Path(os.environ.get("PALIGN_TEST_CACHE", pathlib.Path(tempfile.gettempdir()) / "palign-test-cache"))
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
