@@ -1,0 +1,118 @@
+"""Per-target values, recomputed in the backward pass: for losses that need the sequence first (DPO and its kin)."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from palign.heads.targets import (
+    Gradients,
+    Tower,
+    empty_values,
+    make_walk,
+    pack_arguments,
+    read_chunk,
+    trips,
+)
+from palign.sharding.mesh import ROWS, SHARED, over_rows, sum_over_rows
+from palign.types import Array, Batch
+
+
+class TokenValues(NamedTuple):
+    """What `token_values` gives per target; zeros where nothing is listed."""
+
+    logps: Array  # [R, M] log-probability of the target, nats
+    entropy: Array  # [R, M] of the predicting distribution, nats; no gradient
+    correct: Array  # [R, M] 1 where the target is the most likely token, else 0; no gradient
+
+
+def target_values(function: Callable, towers: tuple[Tower, ...], batch: Batch, *, chunk: int = 512) -> Any:
+    """Evaluates `function(token [c], logits [c, V], *frozen_logits) -> [c]` at every listed target.
+
+    The gradient goes to the first tower only, accepts any cotangent, and recomputes the logits chunk by chunk.
+
+    Args:
+        function: from target ids and each tower's float32 logits (softcap applied, padded vocabulary at -1e30) to an
+            array or a tree of arrays `[c]`, float32.
+        towers: the differentiated model first, then frozen ones.
+        batch: its target table is read.
+        chunk: targets per trip of the loop; 256 to 2048 is good.
+
+    Returns:
+        The function's results as `[R, M]`, 0 where `target_slot` is 0.
+    """
+    static, operands, kernels = pack_arguments(function, towers, batch, chunk)
+    return _target_values(static, operands, kernels)
+
+
+def target_logps(hidden: Array, unembedding: Any, batch: Batch, *, chunk: int = 512) -> Array:
+    """Log-probabilities of the targets, `[R, M]` float32 nats, 0 where nothing is listed."""
+    return target_values(_logp, (Tower(hidden, unembedding),), batch, chunk=chunk)
+
+
+def token_values(hidden: Array, unembedding: Any, batch: Batch, *, chunk: int = 512) -> TokenValues:
+    """`target_logps` with the entropy and the hit rate beside it, for metrics."""
+    return target_values(_logp_and_metrics, (Tower(hidden, unembedding),), batch, chunk=chunk)
+
+
+def _logp(token, logits):
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _logp_and_metrics(token, logits):
+    frozen = jax.lax.stop_gradient(logits)
+    log_p = jax.nn.log_softmax(frozen, axis=-1)
+    p = jnp.exp(log_p)
+    entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
+    correct = (jnp.argmax(frozen, axis=-1) == token).astype(jnp.float32)
+    return TokenValues(_logp(token, logits), entropy, correct)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _target_values(static, operands, kernels):
+    return over_rows(functools.partial(_forward_rows, static), (ROWS, SHARED), ROWS)(operands, kernels)
+
+
+def _target_values_forward(static, operands, kernels):
+    return _target_values(static, operands, kernels), (operands, kernels)
+
+
+def _target_values_backward(static, saved, cotangent):
+    run = over_rows(functools.partial(_backward_rows, static), (ROWS, SHARED, ROWS), (ROWS, SHARED))
+    dhidden, dkernel = run(*saved, cotangent)
+    operands, kernels = saved
+    frozen = (None,) * (len(kernels) - 1)
+    return operands._replace(source=None, token=None, slot=None, hidden=(dhidden, *frozen)), (dkernel, *frozen)
+
+
+_target_values.defvjp(_target_values_forward, _target_values_backward)
+
+
+def _forward_rows(static, operands, kernels):
+    walk = make_walk(static, operands)
+
+    def visit(i, out):
+        chunk = read_chunk(static, walk, kernels, i)
+        return jax.tree.map(lambda o, v: o.at[chunk.index].set(v, mode="drop"), out, chunk.values(chunk.raw[0]))
+
+    out = jax.lax.fori_loop(0, trips(static, walk), visit, empty_values(static, walk, kernels))
+    return jax.tree.map(lambda x: x.reshape(operands.slot.shape), out)
+
+
+def _backward_rows(static, operands, kernels, cotangent):
+    walk = make_walk(static, operands)
+    cotangent = jax.tree.map(lambda x: x.reshape(-1), cotangent)
+
+    def visit(i, gradients):
+        chunk = read_chunk(static, walk, kernels, i)
+        at_chunk = jax.tree.map(lambda c: jnp.where(chunk.live, c[chunk.index], 0.0), cotangent)
+        (dlogits,) = jax.vjp(chunk.values, chunk.raw[0])[1](at_chunk)
+        return gradients.add(walk, kernels, chunk, dlogits)
+
+    gradients = jax.lax.fori_loop(0, trips(static, walk), visit, Gradients.zeros(walk, kernels))
+    hidden = operands.hidden[0]
+    dkernel = sum_over_rows(gradients.kernel).astype(kernels[0].dtype)
+    return gradients.hidden.reshape(hidden.shape).astype(hidden.dtype), dkernel

@@ -1,0 +1,143 @@
+"""The parts of the decoder. Inside, suffixes name the axes: R rows, T tokens, D width, H heads, J key heads, E head width.
+
+Parameters are plain arrays without partition boxes; which mesh axis cuts them is decided from their path
+(`palign.sharding.rules`). A cut weight is gathered explicitly, in the compute dtype, where it is used.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from palign.config.schema import ModelConfig
+from palign.sharding.mesh import SHARED, constrain
+
+ACTIVATIONS: dict[str, Callable] = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * (offset + scale)` over the last axis, in float32."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x):
+        """Normalises `x [..., D]`; the dtype stays."""
+        offset = self.config.norm_offset
+        start = nn.initializers.constant(1.0 - offset)
+        scale = self.param("scale", start, (x.shape[-1],), jnp.dtype(self.config.param_dtype))
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.norm_epsilon)
+        scale = (offset + scale.astype(jnp.float32)).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (x32 * scale).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """`einsum(equation, x, kernel) + bias`; the kernel's first `num_in` axes are summed over."""
+
+    config: ModelConfig
+    equation: str
+    shape: tuple[int, ...]
+    dtype: Any
+    num_in: int = 1
+    bias: bool = False
+    init_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x):
+        """Applies the kernel to `x`."""
+        start = nn.initializers.variance_scaling(
+            self.init_scale,
+            "fan_in",
+            "truncated_normal",
+            in_axis=range(self.num_in),
+            out_axis=range(self.num_in, len(self.shape)),
+        )
+        param_dtype = jnp.dtype(self.config.param_dtype)
+        kernel = self.param("kernel", start, self.shape, param_dtype)
+        y = jnp.einsum(self.equation, x, constrain(kernel.astype(self.dtype), SHARED))
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), self.shape[self.num_in :], param_dtype)
+            y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return y
+
+
+def rotate(x_RTHE: jax.Array, position_RT: jax.Array, inverse_frequency: jax.Array) -> jax.Array:
+    """Rotary position embedding, the halves of each head's width being the two coordinates."""
+    angle = position_RT.astype(jnp.float32)[:, :, None, None] * inverse_frequency.reshape(1, 1, 1, -1)
+    first, second = jnp.split(x_RTHE.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_RTHE.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; who sees whom is the business of `attend`."""
+
+    config: ModelConfig
+    dtype: Any
+    attend: Callable
+
+    @nn.compact
+    def __call__(self, x_RTD, layer, cache, context):
+        """Returns the attended values and what `attend` keeps of this layer's keys and values."""
+        c = self.config
+        width = c.head_width
+
+        def project(name, heads):
+            return Linear(c, "rtd,dhe->rthe", (c.dim, heads, width), self.dtype, bias=c.attention_bias, name=name)(x_RTD)
+
+        q, k, v = project("query", c.num_heads), project("key", c.num_key_heads), project("value", c.num_key_heads)
+        if c.qk_norm:
+            q, k = RMSNorm(c, name="query_norm")(q), RMSNorm(c, name="key_norm")(k)
+        q = rotate(q, context.position, layer.inverse_frequency)
+        k = rotate(k, context.position, layer.inverse_frequency)
+        scale = width**-0.5 if c.query_scale is None else c.query_scale
+        out, kept = self.attend(q, k, v, layer.window, cache, context, scale=scale, softcap=c.attention_softcap)
+        shape = (c.num_heads, width, c.dim)
+        output = Linear(
+            c, "rthe,hed->rtd", shape, self.dtype, num_in=2, init_scale=0.5 / c.num_layers, name="output"
+        )(out)
+        return output, kept
+
+
+class GatedMLP(nn.Module):
+    """`down(activation(gate(x)) * up(x))`."""
+
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_RTD):
+        """Applies the block's feed-forward part."""
+        c = self.config
+        gate = Linear(c, "rtd,df->rtf", (c.dim, c.hidden_dim), self.dtype, name="gate")(x_RTD)
+        up = Linear(c, "rtd,df->rtf", (c.dim, c.hidden_dim), self.dtype, name="up")(x_RTD)
+        down = Linear(
+            c, "rtf,fd->rtd", (c.hidden_dim, c.dim), self.dtype, init_scale=0.5 / c.num_layers, name="down"
+        )
+        return down(ACTIVATIONS[c.activation](gate) * up)
+
+
+class Block(nn.Module):
+    """One decoder layer: a norm before each part, and with four norms a layer also one after."""
+
+    config: ModelConfig
+    dtype: Any
+    attend: Callable
+
+    @nn.compact
+    def __call__(self, x_RTD, layer, cache, context):
+        """Returns `(x, kept)`, the shape that a scan over layers wants."""
+        c = self.config
+
+        def post(name, y):
+            return RMSNorm(c, name=name)(y) if c.norms_per_layer == 4 else y
+
+        y = RMSNorm(c, name="attention_norm")(x_RTD)
+        y, kept = Attention(c, self.dtype, self.attend, name="attention")(y, layer, cache, context)
+        x_RTD = x_RTD + post("attention_post_norm", y)
+        y = GatedMLP(c, self.dtype, name="mlp")(RMSNorm(c, name="mlp_norm")(x_RTD))
+        return x_RTD + post("mlp_post_norm", y), kept

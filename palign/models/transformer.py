@@ -1,0 +1,179 @@
+"""The decoder-only transformer, in Linen, behind `LanguageModel`.
+
+One `nn.scan` over stacked layers serves training, prefill and decoding; they differ in the `attend` function that the
+layers are given and in what it keeps. `scan_layers=False` walks the same stacked parameters in a Python loop, for
+debugging.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from palign.attention.block_pairs import list_block_pairs
+from palign.attention.xla import attend as attend_blocks
+from palign.config.schema import ModelConfig
+from palign.models.config import LayerTables, compute_dtype, layer_tables, padded_vocabulary
+from palign.models.layers import Block, RMSNorm
+from palign.models.protocol import Cache, LanguageModel, Params
+from palign.sharding.mesh import SHARED, constrain
+from palign.types import Batch, Unembedding
+
+PREFILL_BLOCK = 64
+
+
+class TreeContext(NamedTuple):
+    """Where every token stands in its tree."""
+
+    position: Any  # [R, T]
+    group: Any
+    branch: Any
+    block_pairs: Any  # [R, N, 2]
+
+
+class DecodeContext(NamedTuple):
+    """Where the next token of every sample stands."""
+
+    position: Any  # [B, K]
+    prompt_length: Any  # [B]
+    step: Any  # []
+
+
+def attend_tree(q, k, v, window, cache, context, *, scale, softcap):
+    """Training: nothing is kept."""
+    return attend_blocks(q, k, v, *context, window, scale=scale, softcap=softcap), None
+
+
+def attend_prefill(q, k, v, window, cache, context, *, scale, softcap):
+    """The prompts: keys and values are kept."""
+    return attend_blocks(q, k, v, *context, window, scale=scale, softcap=softcap), (k, v)
+
+
+def attend_decode(q, k, v, window, cache, context, *, scale, softcap):
+    """One token of each of K samples: sees its prompt's cache, which the samples share, and its own."""
+    prompt_key, prompt_value, key, value = cache
+    key = jax.lax.dynamic_update_slice_in_dim(key, k[:, :, None].astype(key.dtype), context.step, axis=2)
+    value = jax.lax.dynamic_update_slice_in_dim(value, v[:, :, None].astype(value.dtype), context.step, axis=2)
+    B, K, H, E = q.shape
+    q = q.reshape(B, K, key.shape[3], -1, E)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = jnp.concatenate(
+        [product("bkjge,bpje->bkjgp", q, prompt_key), product("bkjge,bknje->bkjgn", q, key)], axis=-1
+    )
+    scores = scores * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    slot, now = jnp.arange(prompt_key.shape[1])[None], context.prompt_length[:, None] + context.step
+    prompt_seen = (slot < context.prompt_length[:, None]) & (now - slot < window)  # [B, P]
+    ago = context.step - jnp.arange(key.shape[2])
+    own_seen = jnp.broadcast_to(((ago >= 0) & (ago < window))[None], (B, key.shape[2]))
+    seen = jnp.concatenate([prompt_seen, own_seen], axis=-1)[:, None, None, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1).astype(q.dtype)
+    split = prompt_key.shape[1]
+    out = product("bkjgp,bpje->bkjge", weights[..., :split], prompt_value)
+    out = out + product("bkjgn,bknje->bkjge", weights[..., split:], value)
+    return out.reshape(B, K, H, E).astype(q.dtype), (key, value)
+
+
+class Transformer(nn.Module):
+    """Embedding, layers, final norm: tokens to hidden states."""
+
+    config: ModelConfig
+    dtype: Any
+    attend: Callable
+
+    @nn.compact
+    def __call__(self, token_RT, context, cache):
+        """Returns hidden states `[R, T, D]` and what the layers keep, stacked over layers."""
+        c = self.config
+        param_dtype = jnp.dtype(c.param_dtype)
+        vocabulary = padded_vocabulary(c)
+        embedding = self.param("embedding", nn.initializers.normal(0.02), (vocabulary, c.dim), param_dtype)
+        if not c.tie_embedding:
+            self.param("unembedding", nn.initializers.normal(0.02), (c.dim, vocabulary), param_dtype)
+        x = constrain(embedding.astype(self.dtype), SHARED)[token_RT] * jnp.asarray(c.embedding_scale, self.dtype)
+        tables = jax.tree.map(jnp.asarray, layer_tables(c))
+        # The scan is one while loop: XLA cannot merge the recomputation with the forward pass, so CSE is no danger.
+        block = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
+        if c.scan_layers or self.is_initializing():
+            layers = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, 0, nn.broadcast),
+                length=c.num_layers,
+            )
+            x, kept = layers(c, self.dtype, self.attend, name="layers")(x, tables, cache, context)
+        else:
+            x, kept = self._unrolled(block, x, tables, cache, context)
+        return RMSNorm(c, name="final_norm")(x), kept
+
+    def _unrolled(self, block, x, tables, cache, context):
+        stacked = self.get_variable("params", "layers")
+        layer = block(self.config, self.dtype, self.attend, parent=None)
+        kept = []
+        for i in range(self.config.num_layers):
+            params, table, layer_cache = jax.tree.map(lambda leaf, i=i: leaf[i], (stacked, tables, cache))
+            x, kept_here = layer.apply({"params": params}, x, table, layer_cache, context)
+            kept.append(kept_here)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
+
+
+def make_language_model(config: ModelConfig) -> LanguageModel:
+    """Builds the transformer that `config` describes, as pure functions.
+
+    Raises:
+        ValueError: the config's sizes do not fit together (checked by `ModelConfig`), or `vocab_size` is not set.
+    """
+    if config.vocab_size < 1:
+        raise ValueError("config.model.vocab_size: must be set, to the tokenizer's vocabulary size")
+    dtype = compute_dtype(config)
+
+    def run(params: Params, token, context, cache, attend):
+        return Transformer(config, dtype, attend).apply({"params": params}, token, context, cache)
+
+    def init(key: jax.Array) -> Params:
+        ids = jnp.zeros((1, 2), jnp.int32)
+        context = TreeContext(ids, ids + 1, ids, jnp.zeros((1, 1, 2), jnp.int32))
+        return Transformer(config, dtype, attend_tree).init(key, ids, context, None)["params"]
+
+    def hidden(params: Params, batch: Batch) -> jax.Array:
+        context = TreeContext(batch.position, batch.group, batch.branch, batch.block_pairs)
+        return run(params, batch.token, context, None, attend_tree)[0]
+
+    def unembed(params: Params) -> Unembedding:
+        kernel = params["embedding"].T if config.tie_embedding else params["unembedding"]
+        return Unembedding(kernel.astype(dtype), config.final_softcap, config.vocab_size)
+
+    prefill = functools.partial(_prefill, config, run)
+    return LanguageModel(init, hidden, unembed, prefill, functools.partial(_decode_step, run))
+
+
+def _prefill(config, run, params, token, length, *, samples, capacity):
+    B, P = token.shape
+    padded = -(-P // PREFILL_BLOCK) * PREFILL_BLOCK
+    token = jnp.pad(token, ((0, 0), (0, padded - P)))
+    place = np.arange(padded, dtype=np.int32)
+    causal = list_block_pairs(np.ones_like(place), np.zeros_like(place), place, PREFILL_BLOCK)
+    position = jnp.broadcast_to(place, token.shape)
+    group = (position < length[:, None]).astype(jnp.int32)
+    pairs = jnp.broadcast_to(causal, (B, *causal.shape))
+    x, (key, value) = run(params, token, TreeContext(position, group, group * 0, pairs), None, attend_prefill)
+    last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)[:, 0]
+    empty = jnp.zeros((config.num_layers, B, samples, capacity, *key.shape[-2:]), key.dtype)
+    return last, Cache(key[:, :, :P], value[:, :, :P], length, empty, empty, jnp.zeros((), jnp.int32))
+
+
+def _decode_step(run, params, cache, token):
+    position = jnp.broadcast_to((cache.prompt_length + cache.step)[:, None], token.shape)
+    context = DecodeContext(position, cache.prompt_length, cache.step)
+    layers = (cache.prompt_key, cache.prompt_value, cache.key, cache.value)
+    x, (key, value) = run(params, token, context, layers, attend_decode)
+    return x, cache._replace(key=key, value=value, step=cache.step + 1)
+
+
+__all__ = ["LayerTables", "Transformer", "make_language_model"]
