@@ -4,8 +4,9 @@ import os
 import pathlib
 import tempfile
 
-# Before jax starts its backend: sharding tests need several devices.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Before jax starts its backend: sharding tests need several devices, and compiling is most of what the tests do.
+FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 import jax
 

@@ -97,3 +97,169 @@ class ModelConfig:
         _require(self.head_width % 2 == 0, "model.head_dim", self.head_width, "an even number (rotary halves)")
         for name in ("windows", "rope_bases", "rope_scalings"):
             _require(len(getattr(self, name)) > 0, f"model.{name}", getattr(self, name), "at least one entry")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Which tokenizer; without a path one is trained on the training texts."""
+
+    path: str = ""  # a .model, a tokenizer.json, or a directory that holds one
+    model_type: str = "bpe"  # of a trained one: bpe, unigram, word
+    vocab_size: int = 2048  # of a trained one
+
+    def __post_init__(self) -> None:
+        """Checks ranges."""
+        _positive("tokenizer", self, "vocab_size")
+        _one_of("tokenizer", self, "model_type", ("bpe", "unigram", "word"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which records, and how they become rows."""
+
+    path: str = ""  # .jsonl or .jsonl.gz
+    eval_paths: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name of a held-out set -> file
+    eval_fraction: float = 0.05  # held out of `path` as the set "heldout"; 0 = none
+    limit: int = 0  # most records read; 0 = all
+    records: str = "all"  # all, best_response (SFT on the preferred one), reversed (the worse is preferred)
+    max_length: int = 512  # most tokens of a prompt and one response
+    row_length: int = 1024  # T, tokens of a row
+    rows_per_step: int = 8  # R, over all micro-batches and devices
+    micro_batches: int = 1  # A, gradients are summed over
+    packing: str = "best_fit"  # best_fit, one_per_row (padded: a row an example)
+    layout: str = "packed"  # packed (prompt once), unshared (prompt again before every response)
+    oversize: str = "error"  # error, subset: what to do with an example longer than a row
+    pair_policy: str = "best_worst"  # best_worst, all, adjacent, random
+    trees_per_row: int = 64  # G
+    block: int = 64  # of attention
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks ranges and what must divide."""
+        _positive("data", self, "max_length", "row_length", "rows_per_step", "micro_batches", "trees_per_row", "block")
+        _not_negative("data", self, "limit", "eval_fraction", "seed")
+        _require(self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "a fraction below 1")
+        _one_of("data", self, "records", ("all", "best_response", "reversed"))
+        _one_of("data", self, "packing", ("best_fit", "one_per_row"))
+        _one_of("data", self, "layout", ("packed", "unshared"))
+        _one_of("data", self, "oversize", ("error", "subset"))
+        _one_of("data", self, "pair_policy", ("best_worst", "all", "adjacent", "random"))
+        divides = self.rows_per_step % self.micro_batches == 0
+        _require(
+            divides, "data.micro_batches", self.micro_batches, f"a divisor of rows_per_step = {self.rows_per_step}"
+        )
+        blocks = self.row_length % self.block == 0
+        _require(blocks, "data.row_length", self.row_length, f"a multiple of block = {self.block}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """A weighted list of methods over one forward pass."""
+
+    loss_type: tuple[str, ...] = ("dpo",)  # names in palign.objectives.registry.METHODS
+    loss_weights: tuple[float, ...] = (1.0,)
+    reference: str = "live"  # live, cached (per target, before training), none
+    hyper: Mapping[str, float] = dataclasses.field(default_factory=dict)  # any other key of config.objective
+    head_chunk: int = 512  # targets whose logits exist at a time
+
+    def __post_init__(self) -> None:
+        """Checks ranges."""
+        _positive("objective", self, "head_chunk")
+        _one_of("objective", self, "reference", ("live", "cached", "none"))
+        for name, value in self.hyper.items():
+            _require(math.isfinite(value), f"objective.{name}", value, "a finite number")
+        for name in ("beta", "beta0", "scale", "epsilon", "cap"):
+            if name in self.hyper:
+                _require(self.hyper[name] > 0, f"objective.{name}", self.hyper[name], "a number above 0")
+        for weight in self.loss_weights:
+            _require(math.isfinite(weight), "objective.loss_weights", self.loss_weights, "finite numbers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """An optax optimizer and its schedule."""
+
+    name: str = "adamw"  # adamw, adafactor, lion
+    learning_rate: float = 5e-4
+    schedule: str = "cosine_to_floor"  # constant, linear, cosine, cosine_to_floor
+    floor: float = 0.1  # of the peak, where cosine_to_floor ends
+    warmup_steps: int | None = None  # exactly one of the two
+    warmup_ratio: float | None = 0.1
+    weight_decay: float = 0.0  # not on norm scales and biases
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Checks ranges, and that exactly one way of warming up is set."""
+        _one_of("optimizer", self, "name", ("adamw", "adafactor", "lion"))
+        _one_of("optimizer", self, "schedule", ("constant", "linear", "cosine", "cosine_to_floor"))
+        _positive("optimizer", self, "learning_rate", "eps", "max_grad_norm")
+        _not_negative("optimizer", self, "weight_decay", "floor", "b1", "b2")
+        if (self.warmup_steps is None) == (self.warmup_ratio is None):
+            raise ValueError(
+                f"config.optimizer: warmup_steps = {self.warmup_steps}, warmup_ratio = {self.warmup_ratio}: set exactly "
+                "one and the other to None"
+            )
+        _not_negative("optimizer", self, "warmup_steps" if self.warmup_ratio is None else "warmup_ratio")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, and what is written when."""
+
+    epochs: float = 1.0
+    max_steps: int = 0  # 0: as many as the epochs make
+    eval_every: int = 0  # steps; 0: at the end only
+    checkpoint_every: int = 100
+    log_every: int = 10
+    keep: int = 2  # newest checkpoints kept, besides the best
+    best_metric: str = ""  # of an evaluation, e.g. eval_heldout/loss; "": none is kept as the best
+    best_mode: str = "min"  # min, max
+    stop_after_nonfinite: int = 1  # steps in a row whose loss or gradient is not finite
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks ranges."""
+        _positive("train", self, "epochs", "checkpoint_every", "log_every", "keep", "stop_after_nonfinite")
+        _not_negative("train", self, "max_steps", "eval_every", "seed")
+        _one_of("train", self, "best_mode", ("min", "max"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices: copies of the weights times pieces of each copy; -1 = what the other leaves."""
+
+    data: int = -1
+    fsdp: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: what is trained, on what, from where. Sources are a stage's name, or the workdir of a finished run."""
+
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    init_from: str = ""  # where the policy starts; "": random weights
+    reference_from: str = ""  # the model that implicit rewards are measured against
+    teacher_from: str = ""  # distillation's teacher, AlignDistil's DPO model
+    reverse_from: str = ""  # AlignDistil's reverse-DPO model
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Role of a frozen model -> where it comes from, for the roles that are set."""
+        roles = {"reference": self.reference_from, "teacher": self.teacher_from, "reverse": self.reverse_from}
+        return {role: source for role, source in roles.items() if source}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Stages in order, each an ordinary run in `workdir/NN-name/`."""
+
+    stages: Mapping[str, RunConfig]

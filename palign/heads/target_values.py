@@ -49,26 +49,28 @@ def target_values(function: Callable, towers: tuple[Tower, ...], batch: Batch, *
 
 def target_logps(hidden: Array, unembedding: Any, batch: Batch, *, chunk: int = 512) -> Array:
     """Log-probabilities of the targets, `[R, M]` float32 nats, 0 where nothing is listed."""
-    return target_values(_logp, (Tower(hidden, unembedding),), batch, chunk=chunk)
+    return target_values(logp_at_targets, (Tower(hidden, unembedding),), batch, chunk=chunk)
 
 
 def token_values(hidden: Array, unembedding: Any, batch: Batch, *, chunk: int = 512) -> TokenValues:
     """`target_logps` with the entropy and the hit rate beside it, for metrics."""
-    return target_values(_logp_and_metrics, (Tower(hidden, unembedding),), batch, chunk=chunk)
+    return target_values(values_at_targets, (Tower(hidden, unembedding),), batch, chunk=chunk)
 
 
-def _logp(token, logits):
+def logp_at_targets(token: Array, logits: Array) -> Array:
+    """Log-probability of each token `[c]` under its row of logits `[c, V]`, nats."""
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def _logp_and_metrics(token, logits):
+def values_at_targets(token: Array, logits: Array) -> TokenValues:
+    """What `token_values` gives, for one chunk: token `[c]`, logits `[c, V]`."""
     frozen = jax.lax.stop_gradient(logits)
     log_p = jax.nn.log_softmax(frozen, axis=-1)
     p = jnp.exp(log_p)
     entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
     correct = (jnp.argmax(frozen, axis=-1) == token).astype(jnp.float32)
-    return TokenValues(_logp(token, logits), entropy, correct)
+    return TokenValues(logp_at_targets(token, logits), entropy, correct)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -109,7 +109,9 @@ def read_chunk(static: Static, walk: Walk, kernels: tuple[Array, ...], i: Array)
         jnp.matmul(x[source].astype(w.dtype), w, preferred_element_type=jnp.float32)
         for x, w in zip(walk.hidden, kernels, strict=True)
     )
-    frozen = tuple(finish_logits(x, cap, static.vocab_size) for x, cap in zip(raw[1:], static.softcaps[1:], strict=True))
+    frozen = tuple(
+        finish_logits(x, cap, static.vocab_size) for x, cap in zip(raw[1:], static.softcaps[1:], strict=True)
+    )
 
     def values(first: Array) -> Any:
         return static.function(token, finish_logits(first, static.softcaps[0], static.vocab_size), *frozen)
@@ -127,7 +129,9 @@ def finish_logits(raw: Array, softcap: float | None, vocab_size: int) -> Array:
 
 def empty_values(static: Static, walk: Walk, kernels: tuple[Array, ...]) -> Any:
     """Zeros of the shape of the function's results over all targets, `[R * M]` each."""
-    shapes = jax.eval_shape(lambda: read_chunk(static, walk, kernels, jnp.int32(0)).values(_first_shape(static, kernels)))
+    shapes = jax.eval_shape(
+        lambda: read_chunk(static, walk, kernels, jnp.int32(0)).values(_first_shape(static, kernels))
+    )
     return jax.tree.map(lambda s: jnp.zeros((walk.source.size, *s.shape[1:]), s.dtype), shapes)
 
 

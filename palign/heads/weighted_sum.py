@@ -31,14 +31,16 @@ def weighted_sum(
     """Sums `weights * function(token, logits, *frozen_logits)` over all listed targets.
 
     Args:
-        function: as in `target_values`, one array `[c]`.
+        function: as in `target_values`, but it returns a pair: the values `[c]` to be summed, and a tree of arrays `[c]`
+            that are only reported (may be empty).
         weights: `[R, M]`, known beforehand (no gradient), for instance 1 / |y|.
         towers: the differentiated model first, then frozen ones.
         batch: its target table is read.
         chunk: targets per trip of the loop.
 
     Returns:
-        The sum, differentiable in the first tower, and the unweighted values `[R, M]` without gradient.
+        The sum, differentiable in the first tower, and the pair (unweighted values, reported tree) as `[R, M]` without
+        gradient.
     """
     static, operands, kernels = pack_arguments(function, towers, batch, chunk)
     total, values = _weighted_sum(static, operands, kernels, jax.lax.stop_gradient(weights))
@@ -74,7 +76,7 @@ def _value_rows(static, operands, kernels, weights):
 
     def visit(i, out):
         chunk = read_chunk(static, walk, kernels, i)
-        return out.at[chunk.index].set(chunk.values(chunk.raw[0]), mode="drop")
+        return _store(out, chunk, chunk.values(chunk.raw[0]))
 
     out = jax.lax.fori_loop(0, trips(static, walk), visit, empty_values(static, walk, kernels))
     return _finish(out, operands, weights)
@@ -87,9 +89,9 @@ def _value_and_gradient_rows(static, operands, kernels, weights):
     def visit(i, carry):
         out, gradients = carry
         chunk = read_chunk(static, walk, kernels, i)
-        values, pull = jax.vjp(chunk.values, chunk.raw[0])
+        values, pull, reported = jax.vjp(chunk.values, chunk.raw[0], has_aux=True)
         (dlogits,) = pull(jnp.where(chunk.live, flat[chunk.index], 0.0))
-        return out.at[chunk.index].set(values, mode="drop"), gradients.add(walk, kernels, chunk, dlogits)
+        return _store(out, chunk, (values, reported)), gradients.add(walk, kernels, chunk, dlogits)
 
     start = (empty_values(static, walk, kernels), Gradients.zeros(walk, kernels))
     out, gradients = jax.lax.fori_loop(0, trips(static, walk), visit, start)
@@ -98,7 +100,11 @@ def _value_and_gradient_rows(static, operands, kernels, weights):
     return (*_finish(out, operands, weights), dhidden, sum_over_rows(gradients.kernel).astype(kernels[0].dtype))
 
 
+def _store(out, chunk, values):
+    return jax.tree.map(lambda o, v: o.at[chunk.index].set(v, mode="drop"), out, values)
+
+
 def _finish(out, operands, weights):
-    values = out.reshape(operands.slot.shape)
-    total = jnp.sum(jnp.where(operands.slot > 0, weights * values, 0.0))
-    return sum_over_rows(total), values
+    out = jax.tree.map(lambda x: x.reshape(operands.slot.shape), out)
+    total = jnp.sum(jnp.where(operands.slot > 0, weights * out[0], 0.0))
+    return sum_over_rows(total), out

@@ -87,7 +87,9 @@ class Attention(nn.Module):
         width = c.head_width
 
         def project(name, heads):
-            return Linear(c, "rtd,dhe->rthe", (c.dim, heads, width), self.dtype, bias=c.attention_bias, name=name)(x_RTD)
+            return Linear(c, "rtd,dhe->rthe", (c.dim, heads, width), self.dtype, bias=c.attention_bias, name=name)(
+                x_RTD
+            )
 
         q, k, v = project("query", c.num_heads), project("key", c.num_key_heads), project("value", c.num_key_heads)
         if c.qk_norm:
@@ -97,9 +99,9 @@ class Attention(nn.Module):
         scale = width**-0.5 if c.query_scale is None else c.query_scale
         out, kept = self.attend(q, k, v, layer.window, cache, context, scale=scale, softcap=c.attention_softcap)
         shape = (c.num_heads, width, c.dim)
-        output = Linear(
-            c, "rthe,hed->rtd", shape, self.dtype, num_in=2, init_scale=0.5 / c.num_layers, name="output"
-        )(out)
+        output = Linear(c, "rthe,hed->rtd", shape, self.dtype, num_in=2, init_scale=0.5 / c.num_layers, name="output")(
+            out
+        )
         return output, kept
 
 
@@ -115,9 +117,7 @@ class GatedMLP(nn.Module):
         c = self.config
         gate = Linear(c, "rtd,df->rtf", (c.dim, c.hidden_dim), self.dtype, name="gate")(x_RTD)
         up = Linear(c, "rtd,df->rtf", (c.dim, c.hidden_dim), self.dtype, name="up")(x_RTD)
-        down = Linear(
-            c, "rtf,fd->rtd", (c.hidden_dim, c.dim), self.dtype, init_scale=0.5 / c.num_layers, name="down"
-        )
+        down = Linear(c, "rtf,fd->rtd", (c.hidden_dim, c.dim), self.dtype, init_scale=0.5 / c.num_layers, name="down")
         return down(ACTIVATIONS[c.activation](gate) * up)
 
 

@@ -1,0 +1,140 @@
+"""The data of a run as a pure function of the step, and an iterator over it that reads ahead."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+from palign.data.pack import RowShape, pack_row, stack_rows
+from palign.data.plan import Plan
+from palign.data.tokenize import TokenTree
+from palign.types import Batch
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Tokenised examples with the plan of their rows.
+
+    Attributes:
+        trees: the examples that the plan's members number.
+        shape: capacities of a row.
+        plan: which examples make which row and step.
+        pair_policy: a name in `pack.PAIR_POLICIES`.
+        layout: a name in `pack.LAYOUTS`.
+        seed: of the pairs that a policy draws.
+        reference_logps: for each tree and response one cached log-probability (nats) a token, or None.
+    """
+
+    trees: Sequence[TokenTree]
+    shape: RowShape
+    plan: Plan
+    pair_policy: str
+    layout: str
+    seed: int
+    reference_logps: Sequence[Sequence[np.ndarray]] | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the run."""
+        return self.plan.num_steps
+
+    def row(self, index: int) -> Batch:
+        """Returns row `index` of the plan, without the axis R; an empty row beyond the last."""
+        members = self.plan.row(index)
+        logps = None if self.reference_logps is None else [self.reference_logps[i] for i in members]
+        trees = [self.trees[i] for i in members]
+        return pack_row(trees, self.shape, self.pair_policy, self.layout, seed=self.seed, reference_logps=logps)
+
+    def step_batch(self, step: int, *, micro_batches: int, rows: slice = slice(None)) -> Batch:
+        """Returns the batch of a step, a pure function of the step.
+
+        Row r of micro-batch a is the plan's row `step * R + a * R/A + r`.
+
+        Args:
+            step: 0..num_steps - 1.
+            micro_batches: A, divides the plan's R.
+            rows: which of the R/A rows of each micro-batch to build: those that this process's devices hold.
+
+        Returns:
+            Numpy leaves [A, R/A or the length of `rows`, ...].
+
+        Raises:
+            ValueError: for a step outside the plan, an A that does not divide R, or a slice without rows.
+        """
+        per_step = self.plan.rows_per_step
+        if not 0 <= step < self.num_steps:
+            raise ValueError(f"step {step} is outside the plan's steps 0..{self.num_steps - 1}")
+        if micro_batches < 1 or per_step % micro_batches:
+            raise ValueError(f"{micro_batches} micro-batches do not divide a step's {per_step} rows; choose a divisor")
+        columns = range(per_step // micro_batches)[rows]
+        if not columns:
+            raise ValueError(f"{rows} takes none of the {per_step // micro_batches} rows of a micro-batch")
+        first = [step * per_step + a * (per_step // micro_batches) for a in range(micro_batches)]
+        return stack_rows([stack_rows([self.row(start + column) for column in columns]) for start in first])
+
+
+def batches(
+    dataset: Dataset, *, start_step: int, micro_batches: int, rows: slice = slice(None), read_ahead: int = 2
+) -> Iterator[tuple[int, Batch]]:
+    """Yields (step, batch) from a step on, built ahead of time by Grain's threads.
+
+    Grain maps step numbers to batches; order, epochs and sharding are the plan's and `rows`' business.
+
+    Args:
+        dataset: the data.
+        start_step: the first step to yield.
+        micro_batches: see `Dataset.step_batch`.
+        rows: see `Dataset.step_batch`.
+        read_ahead: batches kept ready, one thread each up to two; 0 builds each when it is asked for.
+
+    Yields:
+        The steps start_step..num_steps - 1 with their batches. Closing the generator stops the threads.
+
+    Raises:
+        ValueError: for a start outside 0..num_steps, a negative read_ahead, and as `step_batch`.
+    """
+    if not 0 <= start_step <= dataset.num_steps or read_ahead < 0:
+        raise ValueError(
+            f"batches got start_step={start_step}, read_ahead={read_ahead}; expected a step from 0 to "
+            f"{dataset.num_steps} and read_ahead of at least 0"
+        )
+    if start_step == dataset.num_steps:
+        return
+
+    def build(step: int) -> tuple[int, Batch]:
+        return int(step), dataset.step_batch(int(step), micro_batches=micro_batches, rows=rows)
+
+    options = grain.ReadOptions(num_threads=min(read_ahead, 2), prefetch_buffer_size=read_ahead)
+    steps = iter(grain.MapDataset.range(start_step, dataset.num_steps).map(build).to_iter_dataset(options))
+    try:
+        yield from steps
+    finally:
+        steps.close()
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Returns a SHA-256 in hex of everything that decides what a step's batch holds, for checks on resume.
+
+    It covers tokens, scores, ids, shape, plan, policies and seed, not the cached reference, which is checked by its
+    own key.
+
+    Args:
+        dataset: the data.
+
+    Returns:
+        64 hex digits.
+    """
+    digest = hashlib.sha256()
+    settings = (tuple(dataset.shape), dataset.plan[3:], dataset.pair_policy, dataset.layout, dataset.seed)
+    digest.update(repr(settings).encode())
+    for array in (dataset.plan.members, dataset.plan.offsets, dataset.plan.epoch_of_row):
+        digest.update(array.tobytes())
+    for tree in dataset.trees:
+        parts = (tree.prompt, *tree.responses)
+        digest.update(np.asarray([tree.id, *(part.size for part in parts)], "<i8").tobytes())
+        digest.update(np.asarray(tree.scores, "<f8").tobytes())
+        for part in parts:
+            digest.update(part.astype("<i4", copy=False).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,63 @@
+"""The train state: everything a step changes, and where it lives."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from palign.models.protocol import LanguageModel, Params
+from palign.sharding.mesh import SHARED
+from palign.sharding.rules import parameter_shardings
+
+
+class TrainState(NamedTuple):
+    """What a step takes and gives back.
+
+    Attributes:
+        step: [] int32, steps finished.
+        params: trained leaves only; frozen models travel in `aux`.
+        opt_state: the optimizer's.
+        nonfinite: [] int32, how many steps in a row were not finite and left the rest unchanged.
+    """
+
+    step: Any
+    params: Params
+    opt_state: Any
+    nonfinite: Any
+
+
+def new_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+    """A state that has not taken a step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros((), jnp.int32))
+
+
+def state_shardings(mesh: Mesh, lm: LanguageModel, tx: optax.GradientTransformation) -> TrainState:
+    """A sharding for every leaf of the state; the optimizer's copies of parameters follow the parameters."""
+    whole = NamedSharding(mesh, SHARED)
+    shapes = jax.eval_shape(lambda key: new_state(lm.init(key), tx), jax.random.key(0))
+    params = parameter_shardings(mesh, shapes.params)
+
+    def follow(leaf, shape, sharding):
+        return sharding if leaf.shape == shape.shape else whole  # factored moments are small: not cut
+
+    opt_state = optax.tree_utils.tree_map_params(
+        tx, follow, shapes.opt_state, shapes.params, params, transform_non_params=lambda _: whole
+    )
+    return TrainState(whole, params, opt_state, whole)
+
+
+def init_state(
+    mesh: Mesh, lm: LanguageModel, tx: optax.GradientTransformation, *, seed: int, params: Params | None = None
+) -> TrainState:
+    """A fresh state in its place: random weights from `seed`, or a copy of `params`.
+
+    The copy matters: the step donates the state, and a buffer that is also a frozen model's must not be given away.
+    """
+    shardings = state_shardings(mesh, lm, tx)
+    with jax.set_mesh(mesh):
+        if params is None:
+            return jax.jit(lambda key: new_state(lm.init(key), tx), out_shardings=shardings)(jax.random.key(seed))
+        copied = jax.tree.map(jnp.copy, params)
+        return jax.jit(lambda p: new_state(p, tx), out_shardings=shardings)(copied)

@@ -1,0 +1,155 @@
+"""The functions of whole sequences of logits: the shift, the mask, empty responses and the oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from oracles import dense_losses as oracle
+
+from palign import losses
+
+token_logps = jax.jit(losses.dense.token_logps)
+sequence_logps = jax.jit(losses.dense.sequence_logps)
+average_logps = jax.jit(losses.dense.average_logps)
+aligndistil = jax.jit(losses.dense.aligndistil)
+
+B, T, V = 6, 7, 5
+PROMPT, END = 2, 5  # in row 0 the response is ids[2:5]
+
+
+def batch(seed=0):
+    """Three models' logits, ids with -100 outside the responses, and masks: right and left padded, empty, everything."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 2, (3, B, T, V)).astype(np.float32)
+    mask = np.zeros((B, T), bool)
+    for row, (first, last) in enumerate([(PROMPT, END), (4, T), (0, 0), (1, T), (3, 4), (1, 3)]):
+        mask[row, first:last] = True
+    ids = np.where(mask, rng.integers(0, V, (B, T)), -100).astype(np.int32)
+    return logits, ids, mask
+
+
+def test_token_sequence_and_average_log_probs_are_the_oracle_s(close):
+    (logits, _, _), ids, mask = batch()
+    expected = oracle.token_logps(logits, ids, mask)
+    lengths = mask.sum(-1)
+    close(token_logps(logits, ids, mask), expected)
+    close(losses.dense.token_logps(logits, ids, mask), expected)
+    close(sequence_logps(logits, ids, mask), expected.sum(-1))
+    close(average_logps(logits, ids, mask), expected.sum(-1) / np.maximum(lengths, 1))
+    with jax.enable_x64(True):
+        logits = np.float64(logits)
+        close(token_logps(logits, ids, mask), oracle.token_logps(logits, ids, mask), rtol=1e-12, atol=1e-12)
+
+
+def test_dense_aligndistil_is_the_oracle_s(close):
+    logits, _, mask = batch(1)
+    options = dict(beta0=0.2, scale=10.0, epsilon=0.01)
+    close(aligndistil(*logits, mask, **options), oracle.aligndistil(*logits, mask, **options))
+    with jax.enable_x64(True):
+        logits = np.float64(logits)
+        close(
+            aligndistil(*logits, mask, **options), oracle.aligndistil(*logits, mask, **options), rtol=1e-11, atol=1e-12
+        )
+
+
+def test_two_derivatives_agree_with_finite_differences():
+    with jax.enable_x64(True):
+        logits, ids, mask = batch(2)
+        student, dpo, reverse = np.float64(logits[:, :3])
+        check_grads(lambda z: average_logps(z, ids[:3], mask[:3]), (student,), order=2, modes=("fwd", "rev"))
+        check_grads(lambda z: aligndistil(z, dpo, reverse, mask[:3]), (student,), order=2, modes=("fwd", "rev"))
+
+
+def test_the_position_before_the_first_response_token_counts_and_that_of_the_last_does_not(value_and_gradient):
+    logits, ids, mask = batch(3)
+    for loss, arrays in (
+        (sequence_logps, (logits[0], ids, mask)),
+        (average_logps, (logits[0], ids, mask)),
+        (aligndistil, (*logits, mask)),
+    ):
+        _, gradient = value_and_gradient(loss, *arrays)
+        depends = np.abs(gradient[0]).sum(-1) > 0
+        # The index prompt_len - 1 is in, the index of the last real token is out.
+        np.testing.assert_array_equal(np.flatnonzero(depends), np.arange(PROMPT - 1, END - 1))
+        np.testing.assert_array_equal(np.abs(gradient).sum(-1)[:, :-1] > 0, mask[:, 1:])
+
+
+def test_log_probs_stand_under_their_token():
+    (logits, _, _), ids, mask = batch(4)
+    out = np.asarray(token_logps(logits, ids, mask))
+    # Row 3 is all response but for its first token, which nothing predicts in any case.
+    np.testing.assert_array_equal(out != 0, mask)
+    whole_row = np.asarray(token_logps(logits, np.maximum(ids, 0), np.ones_like(mask)))
+    assert not whole_row[:, 0].any() and whole_row[:, 1:].all()
+    first, last = out[0, PROMPT], out[0, END - 1]
+    np.testing.assert_allclose(first, jax.nn.log_softmax(logits[0, PROMPT - 1])[ids[0, PROMPT]], rtol=1e-6)
+    np.testing.assert_allclose(last, jax.nn.log_softmax(logits[0, END - 2])[ids[0, END - 1]], rtol=1e-6)
+
+
+def test_what_lies_outside_the_response_is_never_read(value_and_gradient, close):
+    logits, ids, mask = batch(5)
+    keep = np.pad(mask[:, 1:], ((0, 0), (0, 1)))
+    spoiled = np.where(keep[None, ..., None], logits, np.nan)
+    spoiled[:, :, -1] = np.inf
+    for loss, clean, dirty in (
+        (average_logps, (logits[0], ids, mask), (spoiled[0], ids, mask)),
+        (aligndistil, (*logits, mask), (*spoiled, mask)),
+    ):
+        expected, expected_gradient = value_and_gradient(loss, *clean)
+        value, gradient = value_and_gradient(loss, *dirty)
+        close(value, np.float64(expected))
+        close(gradient, np.float64(expected_gradient))
+        # Row 2 has an empty response.
+        assert value[2] == 0 and not gradient[2].any() and not gradient[~keep].any()
+
+
+def test_padding_on_either_side_and_a_longer_row_change_nothing(close):
+    logits, ids, mask = batch(6)
+    for before, after in ((3, 0), (0, 2)):
+        wide = np.pad(logits, ((0, 0), (0, 0), (before, after), (0, 0)), constant_values=9.0)
+        wide_ids, wide_mask = (np.pad(array, ((0, 0), (before, after))) for array in (ids, mask))
+        close(sequence_logps(wide[0], wide_ids, wide_mask), np.float64(sequence_logps(logits[0], ids, mask)))
+        close(aligndistil(*wide, wide_mask), np.float64(aligndistil(*logits, mask)))
+
+
+def test_a_row_of_one_token_has_nothing_to_predict():
+    logits, ids, mask = jnp.zeros((2, 1, V)), jnp.zeros((2, 1), jnp.int32), jnp.ones((2, 1), bool)
+    assert not token_logps(logits, ids, mask).any()
+    assert not average_logps(logits, ids, mask).any()
+    assert not aligndistil(logits, logits, logits, mask).any()
+
+
+def test_excluded_tokens_and_bf16(value_and_gradient, close):
+    (logits, _, _), ids, mask = batch(7)
+    padded = np.pad(logits, ((0, 0), (0, 0), (0, 3)), constant_values=-np.inf)
+    close(sequence_logps(padded, ids, mask), np.float64(sequence_logps(logits, ids, mask)))
+    _, gradient = value_and_gradient(sequence_logps, padded, ids, mask)
+    assert np.isfinite(gradient).all() and not gradient[..., V:].any()
+    rounded = jnp.asarray(logits, jnp.bfloat16)
+    actual = token_logps(rounded, ids, mask)
+    assert actual.dtype == jnp.float32
+    close(actual, oracle.token_logps(np.asarray(rounded, np.float64), ids, mask))
+
+
+def test_ids_outside_the_vocabulary_show_as_nan_under_the_mask_only():
+    (logits, _, _), ids, mask = batch(8)
+    for wrong in (-1, -100, V, V + 7):
+        broken = ids.copy()
+        broken[0, PROMPT] = wrong
+        out = np.asarray(token_logps(logits, broken, mask))
+        assert np.isnan(out[0, PROMPT]) and np.isnan(out).sum() == 1
+
+
+def test_wrong_arguments_are_answered_with_their_name():
+    (logits, _, _), ids, mask = batch()
+    with pytest.raises(ValueError, match="token_logps: response_mask has dtype int32; expected bool"):
+        losses.dense.token_logps(logits, ids, mask.astype(np.int32))
+    with pytest.raises(ValueError, match=r"token_logps: logits has shape \[6, 6, 5\].*neither shifted"):
+        losses.dense.token_logps(logits[:, :-1], ids, mask)
+    with pytest.raises(ValueError, match=r"token_logps: .*ids \[6, 6\]"):
+        losses.dense.token_logps(logits, ids[:, 1:], mask)
+    with pytest.raises(ValueError, match=r"dense.aligndistil: dpo_logits has shape"):
+        losses.dense.aligndistil(logits, logits[:3], logits, mask)
+    with pytest.raises(ValueError, match=r"response_mask has shape \[6\]"):
+        losses.dense.sequence_logps(logits, ids, mask[:, 0])
