@@ -58,3 +58,16 @@ def largest_difference(tree, other) -> float:
     """The largest difference over the largest value, of the worst leaf."""
     ratios = jax.tree.map(lambda x, y: jnp.max(jnp.abs(x - y)) / jnp.maximum(jnp.max(jnp.abs(y)), 1e-30), tree, other)
     return max(float(ratio) for ratio in jax.tree.leaves(ratios))
+
+
+def random_ids(rng: np.random.Generator, tokens: int) -> np.ndarray:
+    """`[3, tokens]` group, branch, position of a row of random trees, with padding at its end or none."""
+    columns, group = [], 0
+    while len(columns) < tokens and rng.random() > 0.1:
+        group += 1
+        prompt = int(rng.integers(1, 20))
+        columns += [(group, 0, p) for p in range(prompt)]
+        for k in range(1, int(rng.integers(1, 7)) + 1):
+            columns += [(group, k, prompt + p) for p in range(int(rng.integers(1, 14)))]
+    columns = columns[:tokens] + [(0, 0, 0)] * (tokens - len(columns))
+    return np.array(columns, np.int32).T

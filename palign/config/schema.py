@@ -209,7 +209,7 @@ class OptimizerConfig:
 class TrainConfig:
     """How long, and what is written when."""
 
-    epochs: float = 1.0
+    epochs: int = 1
     max_steps: int = 0  # 0: as many as the epochs make
     eval_every: int = 0  # steps; 0: at the end only
     checkpoint_every: int = 100

@@ -181,7 +181,7 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, model_type: st
 
     Texts are taken as they are: no Unicode normalisation, no spaces added or removed, and a newline is a piece of its
     own, so no piece straddles two lines. Types `bpe` and `unigram` fall back to bytes for what they have not seen;
-    `word` has one id for each word between spaces (for toy languages) and one unknown id.
+    `word` has one id for each word between spaces and one unknown id; it is for toy languages of single lines.
 
     Args:
         texts: what to train on.
@@ -192,20 +192,24 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, model_type: st
         The tokenizer: pad 0, BOS 1, EOS 2, unknown 3.
 
     Raises:
-        ValueError: for an unknown type, no text at all, or a vocabulary too small for the characters.
+        ValueError: for an unknown type, no text at all, a newline for a `word` tokenizer, or a vocabulary too small for
+            the characters.
     """
     if model_type not in ("bpe", "unigram", "word"):
         raise ValueError(f"model_type is {model_type!r}; expected 'bpe', 'unigram' or 'word'")
-    lines = [line for text in texts for line in text.split("\n") if line]
-    if not lines:
+    word, texts = model_type == "word", list(texts)
+    lines = [line for text in texts for line in text.split("\n")]
+    if word and len(lines) > len(texts):
+        raise ValueError("a 'word' tokenizer knows no newlines and a text has one; use model_type 'bpe' or 'unigram'")
+    if not any(lines):
         raise ValueError("there is no text to train a tokenizer on; pass at least one non-empty text")
     writer = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=writer, model_type=model_type, vocab_size=vocab_size,
-            byte_fallback=model_type != "word", character_coverage=1.0 if model_type == "word" else 0.9995,
+            sentence_iterator=filter(None, lines), model_writer=writer, model_type=model_type, vocab_size=vocab_size,
+            byte_fallback=not word, character_coverage=1.0 if word else 0.9995,
             normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-            hard_vocab_limit=False, user_defined_symbols=["\n"], pad_id=0, bos_id=1, eos_id=2, unk_id=3,
+            hard_vocab_limit=False, user_defined_symbols=[] if word else ["\n"], pad_id=0, bos_id=1, eos_id=2, unk_id=3,
             max_sentence_length=max(len(line.encode()) for line in lines) + 1, num_threads=1, minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:

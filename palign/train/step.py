@@ -55,11 +55,13 @@ def make_train_step(
         metrics["loss"] = Mean(total, jnp.float32(1))
         metrics["grad_norm"] = Mean(norm, jnp.float32(1))
         metrics["num_tokens"] = Mean(jnp.sum(batch.group > 0).astype(jnp.float32), jnp.float32(1))
+        nonfinite = jnp.where(finite, 0, state.nonfinite + 1)
+        metrics["nonfinite"] = Mean(nonfinite.astype(jnp.float32), jnp.float32(1))
         return TrainState(
             state.step + 1,
             keep(optax.apply_updates(state.params, updates), state.params),
             keep(opt_state, state.opt_state),
-            jnp.where(finite, 0, state.nonfinite + 1),
+            nonfinite,
         ), metrics
 
     whole, rows = NamedSharding(mesh, SHARED), row_sharding(mesh, axis=1)

@@ -55,9 +55,9 @@ def test_a_saved_tokenizer_loads_from_its_directory_its_run_and_its_file(tokeniz
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram", "word"])
 def test_training_twice_gives_the_same_model(model_type):
-    one, other = (train_sentencepiece(TEXTS, vocab_size=330, model_type=model_type) for _ in range(2))
+    one, other = (train_sentencepiece(TEXTS[1:3], vocab_size=330, model_type=model_type) for _ in range(2))
     assert one.fingerprint() == other.fingerprint()
-    assert one.fingerprint() != train_sentencepiece(TEXTS[:2], vocab_size=330, model_type=model_type).fingerprint()
+    assert one.fingerprint() != train_sentencepiece(TEXTS[1:2], vocab_size=330, model_type=model_type).fingerprint()
 
 
 def test_a_newline_is_always_its_own_piece():
@@ -67,11 +67,10 @@ def test_a_newline_is_always_its_own_piece():
 
 
 def test_words_of_a_toy_language_are_one_id_each():
-    tokenizer = train_sentencepiece(TEXTS, vocab_size=330, model_type="word")
+    tokenizer = train_sentencepiece(TEXTS[1:3], vocab_size=330, model_type="word")
     text = "the waiter was not rude ."
     assert len(tokenizer.encode(text)) == 6 and tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.vocab_size < 40
-    assert tokenizer.decode(tokenizer.encode(TEXTS[0])) == TEXTS[0]  # lines and double spaces included
     ids = tokenizer.encode(TEXTS[1])
     assert tokenizer.decode(ids[3:]) == " not good , the waiter was rude ."  # a response alone keeps its space
 
@@ -89,6 +88,8 @@ def test_training_errors_say_what_to_do():
         train_sentencepiece(TEXTS, vocab_size=300, model_type="char")
     with pytest.raises(ValueError, match="no text"):
         train_sentencepiece(["", "\n"], vocab_size=300)
+    with pytest.raises(ValueError, match="knows no newlines"):
+        train_sentencepiece(["a b\nc"], vocab_size=300, model_type="word")
 
 
 def test_loading_errors_say_where_and_what(tmp_path):

@@ -91,7 +91,8 @@ def test_jit_changes_nothing(name, close):
     close(eager, np.float64(loss(*arrays)))
 
 
-@pytest.mark.parametrize("name", CASES)
+# The other losses are these with another constant weight.
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "aligndistil"])
 def test_two_derivatives_agree_with_finite_differences(name):
     loss, _, count = CASES[name]
     with jax.enable_x64(True):
@@ -130,6 +131,23 @@ def test_extreme_and_bf16_logits_give_finite_f32_values_and_gradients(name, valu
     value, gradient = value_and_gradient(loss, *arrays)
     assert value.dtype == jnp.float32 and gradient.dtype == jnp.bfloat16
     assert np.isfinite(value).all() and np.isfinite(np.float32(gradient)).all()
+
+
+def test_a_teacher_and_its_weights_are_constants():
+    dpo, other = logits(17, 2, positions=3, extremes=False)
+
+    def everything(dpo, other):
+        teachers = [
+            losses.theorem1_teacher(dpo, other, ratio=2.0),
+            losses.contrastive_teacher(dpo, other, ratio=2.0),
+            losses.adaptive_teacher(dpo, other),
+        ]
+        return sum((teacher.logits[:, :-2].sum() + teacher.alpha.sum() for teacher in teachers), start=jnp.zeros(()))
+
+    assert not any(np.asarray(gradient).any() for gradient in jax.jit(jax.grad(everything, argnums=(0, 1)))(dpo, other))
+    alpha = jnp.array([0.5, 2.0])
+    for weight in (losses.adaptive_weight, losses.constant_weight, losses.capped_weight):
+        assert not jax.grad(lambda alpha, weight=weight: weight(alpha, beta=0.1).sum())(alpha).any()
 
 
 def test_a_nan_is_not_hidden():
@@ -248,6 +266,14 @@ def test_the_teacher_is_the_dpo_model_where_it_should_be(close):
     close(reverse_kl(student[2:], nearly.logits), kl[2:])
 
 
+def test_alpha_keeps_its_precision_where_the_models_nearly_agree(close):
+    dpo, other = (array[2:, :-2] for array in logits(16, 2))
+    for distance in (1e-2, 1e-4, 1e-6):
+        reverse = np.float32(dpo + distance * other)
+        expected = oracle.per_position(functools.partial(oracle.alpha, scale=20.0, epsilon=1e-3), dpo, reverse)
+        close(adaptive_teacher(dpo, reverse).alpha, expected, rtol=2e-6, atol=0)
+
+
 def test_alpha_grows_with_the_disagreement_and_the_weights_follow(close):
     apart = jnp.array([[0.0, -1e4], [0.0, 0.0], [jnp.log(3.0), 0.0]])
     alpha = adaptive_teacher(apart, apart[:, ::-1]).alpha
@@ -277,7 +303,7 @@ def test_wrong_arguments_are_answered_with_their_name():
     with pytest.raises(ValueError, match=r"adaptive_teacher: .*reverse_logits \[2, 4\]"):
         losses.aligndistil(three, three, four)
     for beta in (0, 1.0, -0.5, float("nan")):
-        with pytest.raises(ValueError, match="generalised_jsd: beta is .*forward_kl.*reverse_kl"):
+        with pytest.raises(ValueError, match=r"generalised_jsd: beta is .*forward_kl.*reverse_kl"):
             losses.generalised_jsd(three, three, beta=beta)
     with pytest.raises(ValueError, match="aligndistil: beta0 is 0"):
         losses.aligndistil(three, three, three, beta0=0.0)

@@ -33,7 +33,7 @@ def ipo(
     Notes:
         The paper's formula holds for sums, and so the DPO authors' code and OpenRLHF have it. TRL, HALOs and EasyDeL
         divide each response's log-ratio by its number of tokens; pass `losses.dense.average_logps` of both models to
-        get theirs. A good beta for sums is far smaller than for means, as h is then longer by the response length.
+        get theirs. A good beta for sums is far smaller: h is then larger by about the response length.
 
     Examples:
         h = 4 against the target 1 / (2 * 0.1) = 5 costs 1; the untouched policy, h = 0, costs 25.

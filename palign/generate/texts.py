@@ -1,0 +1,109 @@
+"""From prompts as text to samples as text: tokenises, batches, and shows how far it is."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from palign.data.tokenizers import Tokenizer
+from palign.generate.sample import make_sampler
+from palign.models.protocol import LanguageModel
+
+PROMPT_MULTIPLE = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
+
+
+class Generation(NamedTuple):
+    """One sample."""
+
+    text: str
+    ids: np.ndarray  # [n] int32, EOS included where it came
+    logp: float  # nats, summed
+    finished: bool
+
+
+def generate(
+    lm: LanguageModel,
+    params: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    samples: int = 1,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: Any = None,
+) -> list[list[Generation]]:
+    """Samples continuations of prompts.
+
+    Args:
+        lm: the model.
+        params: its weights.
+        tokenizer: the model's.
+        prompts: texts, of any lengths.
+        samples: how many of each.
+        max_new_tokens: the longest sample.
+        temperature: see `make_sampler`.
+        top_k: see `make_sampler`.
+        top_p: see `make_sampler`.
+        seed: of all draws; the same prompts in the same order give the same samples.
+        batch_size: prompts at a time.
+        progress: a `train.metrics.Reporter` over `len(prompts)`, or None.
+
+    Returns:
+        For every prompt its samples.
+
+    Raises:
+        ValueError: an empty prompt under a tokenizer without BOS, or a setting out of range.
+    """
+    sampler = make_sampler(
+        lm,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        eos_id=tokenizer.eos_id,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    ids = [_encode(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda i: ids[i].size)  # alike lengths together: less padding
+    out: list[list[Generation]] = [[] for _ in prompts]
+    key = jax.random.key(seed)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        token, length = _pad([ids[i] for i in chosen], batch_size)
+        drawn = jax.device_get(sampler(params, token, length, jax.random.fold_in(key, start)))
+        for row, i in enumerate(chosen):
+            out[i] = [_generation(tokenizer, drawn, row, k) for k in range(samples)]
+        if progress is not None:
+            progress.advance(min(start + batch_size, len(order)), float(drawn.length[: len(chosen)].sum()))
+    return out
+
+
+def _encode(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = np.asarray(start + list(tokenizer.encode(prompt)), np.int32)
+    if not ids.size:
+        raise ValueError("an empty prompt needs a tokenizer with BOS; write a prompt of one token or more")
+    return ids
+
+
+def _pad(ids: Sequence[np.ndarray], batch_size: int) -> tuple[jax.Array, jax.Array]:
+    """Right-pads prompts, and the batch with one-token prompts, to shapes that are compiled once."""
+    longest = max(x.size for x in ids)
+    token = np.zeros((batch_size, -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE), np.int32)
+    length = np.ones(batch_size, np.int32)
+    for row, x in enumerate(ids):
+        token[row, : x.size], length[row] = x, x.size
+    return jnp.asarray(token), jnp.asarray(length)
+
+
+def _generation(tokenizer: Tokenizer, drawn: Any, row: int, k: int) -> Generation:
+    ids = drawn.token[row, k, : drawn.length[row, k]]
+    finished = bool(drawn.finished[row, k])
+    text = tokenizer.decode(ids[:-1] if finished else ids)
+    return Generation(text, ids, float(drawn.logps[row, k]), finished)

@@ -1,0 +1,158 @@
+"""From a config to what a run works on: tokenizer, data sets, model size. Everything that is cut or dropped is counted."""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from palign.config.schema import DataConfig, RunConfig
+from palign.data.loader import Dataset
+from palign.data.pack import RowShape, row_shape
+from palign.data.plan import fill_ratio, fit_trees, plan_epochs, plan_evaluation, plan_padded, row_needs
+from palign.data.readers import read_records
+from palign.data.records import Record, best_response
+from palign.data.tokenize import TokenTree, tokenize_records
+from palign.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
+from palign.train.metrics import say
+
+HELD_OUT = "heldout"
+
+
+class Prepared(NamedTuple):
+    """What a run works on."""
+
+    tokenizer: Tokenizer
+    train: Dataset
+    evals: dict[str, Dataset]
+
+
+def _all(record: Record) -> Record:
+    return record
+
+
+def _reversed(record: Record) -> Record:
+    return record._replace(scores=tuple(-score for score in record.scores))
+
+
+# What a stage trains on, from each record: `config.data.records`.
+RECORDS: dict[str, Callable[[Record], Record]] = {
+    "all": _all,
+    "best_response": best_response,
+    "reversed": _reversed,  # the worse is preferred: reverse DPO
+}
+
+
+def prepare(config: RunConfig, workdir: pathlib.Path, inherited: pathlib.Path | None) -> Prepared:
+    """Reads, splits, tokenises, fits and plans the data of a run, and prints the counts.
+
+    Args:
+        config: of the run.
+        workdir: where the tokenizer is kept.
+        inherited: the workdir whose tokenizer is used where the config names none (of `init_from`, say).
+
+    Raises:
+        ValueError: no data, bad data, or examples that do not fit a row.
+    """
+    data = config.data
+    if not data.path:
+        raise ValueError("config.data.path: must be set to a .jsonl or .jsonl.gz file of prompts and responses")
+    sets = read_sets(data)
+    tokenizer = _prepare_tokenizer(config, workdir, inherited, sets["train"])
+    trees = {name: _tokenise(name, records, tokenizer, data) for name, records in sets.items()}
+    responses = max(len(tree.responses) for part in trees.values() for tree in part)
+    shape = row_shape(
+        data.row_length,
+        trees=1 if data.packing == "one_per_row" else data.trees_per_row,
+        responses=responses,
+        pair_policy=data.pair_policy,
+        block=data.block,
+    )
+    made = {name: _plan(name, part, shape, config) for name, part in trees.items()}
+    return Prepared(tokenizer, made.pop("train"), made)
+
+
+def read_sets(data: DataConfig) -> dict[str, list[Record]]:
+    """Reads `train` and the named held-out sets; records that share a prompt are never on both sides."""
+    records = _read(data.path, data)
+    held_out = {id(r) for r in records if _share(r.prompt, data.seed) < data.eval_fraction}
+    sets = {"train": [r for r in records if id(r) not in held_out]}
+    if held_out:
+        sets[HELD_OUT] = [r for r in records if id(r) in held_out]
+    for name, path in data.eval_paths.items():
+        sets[name] = _read(path, data)
+    for name, part in sets.items():
+        if not part:
+            raise ValueError(f"config.data: the set {name!r} has no records; give it more data or another fraction")
+    return sets
+
+
+def _read(path: str, data: DataConfig) -> list[Record]:
+    records, counts = read_records(path, limit=data.limit or None)
+    say(f"{path}: {_counted(counts | {'records': len(records)})}")
+    return [RECORDS[data.records](record) for record in records]
+
+
+def _share(prompt: str, seed: int) -> float:
+    """A number in [0, 1) that depends on the prompt and the seed alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:8], "big") / 2**64
+
+
+def _prepare_tokenizer(config, workdir, inherited, records: Sequence[Record]) -> Tokenizer:
+    for place in (workdir, config.tokenizer.path, inherited):
+        if place and (place != workdir or _holds_tokenizer(workdir)):
+            tokenizer = load_tokenizer(place)
+            break
+    else:
+        texts = [record.prompt + response for record in records for response in record.responses]
+        c = config.tokenizer
+        tokenizer = train_sentencepiece(texts, vocab_size=c.vocab_size, model_type=c.model_type)
+        say(f"tokenizer: trained a {c.model_type} model of {tokenizer.vocab_size} pieces on {len(texts)} texts")
+    tokenizer.save(workdir)
+    return tokenizer
+
+
+def _holds_tokenizer(workdir: pathlib.Path) -> bool:
+    return any(workdir.glob("*tokenizer*.*"))
+
+
+def _tokenise(name: str, records: Sequence[Record], tokenizer: Tokenizer, data: DataConfig) -> list[TokenTree]:
+    trees, counts = tokenize_records(records, tokenizer, max_length=data.max_length)
+    say(f"{name}: {_counted(counts)}")
+    if not trees:
+        raise ValueError(f"config.data: no record of {name!r} is left; raise config.data.max_length = {data.max_length}")
+    return trees
+
+
+def _plan(name: str, trees: list[TokenTree], shape: RowShape, config: RunConfig) -> Dataset:
+    data, train = config.data, config.train
+    trees, counts = fit_trees(trees, shape, layout=data.layout, oversize=data.oversize, seed=data.seed)
+    needs = row_needs(trees, layout=data.layout, pair_policy=data.pair_policy)
+    length = {"epochs": None if train.max_steps else train.epochs, "max_steps": train.max_steps or None}
+    if name != "train":
+        plan = plan_evaluation(needs, shape, rows_per_step=data.rows_per_step)
+    elif data.packing == "one_per_row":
+        plan = plan_padded(len(trees), examples_per_step=data.rows_per_step, seed=data.seed, **length)
+    else:
+        plan = plan_epochs(needs, shape, rows_per_step=data.rows_per_step, seed=data.seed, **length)
+    fill = fill_ratio(plan, needs, shape)
+    say(f"{name}: {plan.num_steps} steps of {data.rows_per_step} rows, {fill:.0%} full {_counted(counts)}".rstrip())
+    return Dataset(trees, shape, plan, data.pair_policy, data.layout, data.seed)
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+
+
+def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+    """Sets the model's vocabulary to the tokenizer's.
+
+    Raises:
+        ValueError: the config names a smaller one.
+    """
+    size = config.model.vocab_size or tokenizer.vocab_size
+    if size < tokenizer.vocab_size:
+        raise ValueError(
+            f"config.model.vocab_size = {size}: the tokenizer has {tokenizer.vocab_size} ids; use 0 for as many"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))

@@ -1,0 +1,95 @@
+"""Where models come from: a stage's name, a run's workdir, `@step`, `@last` or `@best` behind either."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from palign.config.load import resolve_run
+from palign.config.schema import RunConfig
+from palign.data.tokenizers import Tokenizer, load_tokenizer
+from palign.models.protocol import LanguageModel
+from palign.models.transformer import make_language_model
+from palign.sharding.mesh import make_mesh
+from palign.sharding.rules import parameter_shardings
+from palign.train.checkpoint import load_params
+
+CONFIG = "config.json"
+
+
+class Source(NamedTuple):
+    """A run's workdir and which of its checkpoints."""
+
+    workdir: pathlib.Path
+    which: str
+
+
+def find_source(name: str, key: str, stages: Mapping[str, pathlib.Path]) -> Source:
+    """Looks a source up.
+
+    Args:
+        name: `stage`, `workdir`, either with `@step`, `@last` (the default) or `@best`.
+        key: the config key that names it, for the message.
+        stages: earlier stages of the recipe and their workdirs.
+
+    Raises:
+        ValueError: neither a stage nor a directory with a run in it.
+    """
+    place, _, which = name.partition("@")
+    workdir = stages.get(place, pathlib.Path(place))
+    if not (workdir / CONFIG).is_file():
+        known = f"stages before it: {', '.join(stages)}" if stages else "there is no stage before it"
+        raise ValueError(f"config.{key} = {name!r}: neither a stage nor the workdir of a run ({known})")
+    return Source(workdir, which or "last")
+
+
+def read_config(workdir: pathlib.Path) -> RunConfig:
+    """The resolved config of a run.
+
+    Raises:
+        ValueError: the directory holds no run.
+    """
+    file = workdir / CONFIG
+    if not file.is_file():
+        raise ValueError(f"{workdir}: not the workdir of a run (no {CONFIG}); train one, or name another")
+    return resolve_run(json.loads(file.read_text()))
+
+
+def load_source(source: Source, lm: LanguageModel, mesh: Mesh) -> Any:
+    """Loads a source's weights into their places on the mesh."""
+    shapes = jax.eval_shape(lm.init, jax.random.key(0))
+    places = parameter_shardings(mesh, shapes)
+    targets = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
+    return load_params(source.workdir, source.which, targets)
+
+
+class Loaded(NamedTuple):
+    """A trained model, ready for use."""
+
+    lm: LanguageModel
+    params: Any
+    tokenizer: Tokenizer
+    config: RunConfig
+
+
+def load_run(name: str, *, mesh: Mesh | None = None) -> Loaded:
+    """Loads the model and tokenizer of a run's workdir (`@step`, `@last`, `@best` behind it)."""
+    source = find_source(name, "workdir", {})
+    config = read_config(source.workdir)
+    lm = make_language_model(config.model)
+    params = load_source(source, lm, mesh or make_mesh(data=1, devices=jax.devices()[:1]))
+    return Loaded(lm, params, load_tokenizer(source.workdir), config)
+
+
+def digest(params: Any) -> str:
+    """SHA-256 of all weights, in hex."""
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        sha.update(jax.tree_util.keystr(path).encode())
+        sha.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return sha.hexdigest()
