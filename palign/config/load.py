@@ -5,6 +5,7 @@ there are any, are named differences from it, each becoming a run of its own.
 """
 
 import ast
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -12,7 +13,7 @@ import importlib.util
 import pathlib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -42,6 +43,11 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     return resolve_recipe(config, name=pathlib.Path(path).stem)
 
 
+def ordered(**stages: Any) -> ml_collections.ConfigDict:
+    """Stages in the order written; a plain group of a ConfigDict is sorted by name."""
+    return ml_collections.ConfigDict(stages, sort_keys=False)
+
+
 def resolve_recipe(config: Mapping[str, Any], *, name: str = "train") -> Recipe:
     """Resolves nested plain values: a run, or a run with `stages`."""
     base = {key: value for key, value in config.items() if key != "stages"}
@@ -49,7 +55,20 @@ def resolve_recipe(config: Mapping[str, Any], *, name: str = "train") -> Recipe:
     for stage in stages:
         if not stage.replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"config.stages.{stage}: a stage's name is made of letters, digits, - and _")
-    return Recipe(stages={stage: resolve_run(_merge(base, given)) for stage, given in stages.items()})
+    resolved = {}
+    for stage, given in stages.items():
+        with in_stage(stage, stages):
+            resolved[stage] = resolve_run(_merge(base, given))
+    return Recipe(stages=resolved)
+
+
+@contextlib.contextmanager
+def in_stage(name: str, stages: Mapping[str, Any]) -> Iterator[None]:
+    """Names the stage in front of an error, where there are several."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"stage {name}: {error}" if len(stages) > 1 else str(error)) from None
 
 
 def resolve_run(config: Mapping[str, Any]) -> RunConfig:

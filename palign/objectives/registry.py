@@ -78,6 +78,12 @@ def _nearest(name, choices):
     return f" (did you mean {near[0]!r}?)" if near else f" (there are: {', '.join(sorted(choices)) or 'none'})"
 
 
+def roles_read(names: Sequence[str]) -> tuple[frozenset[str], bool]:
+    """The roles whose distributions the methods read, and whether they read the reference's log-probabilities."""
+    methods = [METHODS[name] for name in names]
+    return frozenset(role for m in methods for role in m.frozen), any(m.reference for m in methods)
+
+
 def make_objective(
     lm: LanguageModel,
     loss_type: Sequence[str],
@@ -107,9 +113,8 @@ def make_objective(
             "name each method once and give it one weight"
         )
     methods = resolve_methods(loss_type, hyper or {})
-    frozen = frozenset(role for _, method, _ in methods for role in method.frozen)
+    frozen, reference = roles_read(loss_type)
     logps = any(method.logps for _, method, _ in methods)
-    reference = any(method.reference for _, method, _ in methods)
     if cached_reference and (REFERENCE in frozen or not reference):
         raise ValueError(
             f"config.objective.reference = 'cached': {', '.join(loss_type)} cannot use cached log-probabilities; "

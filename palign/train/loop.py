@@ -2,30 +2,20 @@
 
 import json
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from palign.config.load import to_plain
 from palign.config.schema import RunConfig
-from palign.data.loader import Dataset, batches, fingerprint
-from palign.models.protocol import LanguageModel
-from palign.models.transformer import make_language_model
-from palign.objectives.base import REFERENCE, Objective
-from palign.objectives.registry import make_objective
-from palign.sharding.mesh import make_mesh, num_row_shards, to_global
-from palign.sharding.rules import parameter_shardings
+from palign.data.loader import batches, fingerprint
+from palign.sharding.mesh import to_global
+from palign.train.build import Run, build, evaluate
 from palign.train.checkpoint import Checkpoints
-from palign.train.metrics import MetricWriter, Reporter, add, read_metrics, say, to_floats
-from palign.train.optimizer import learning_rate_schedule, make_optimizer
-from palign.train.prepare import Prepared, prepare, with_vocabulary
-from palign.train.reference import cache_reference
-from palign.train.sources import CONFIG, Source, find_source, load_source
-from palign.train.state import TrainState, init_state, state_shardings
-from palign.train.step import make_eval_step, make_train_step
+from palign.train.metrics import MetricWriter, Reporter, read_metrics, say, to_floats
+from palign.train.optimizer import learning_rate_schedule
+from palign.train.state import TrainState
 from palign.types import Mean
 
 FINISHED = "finished.json"
@@ -35,29 +25,13 @@ class TrainingDivergedError(RuntimeError):
     """The loss or the gradient was not finite too many steps in a row."""
 
 
-class Run(NamedTuple):
-    """Everything that the loop works with."""
-
-    config: RunConfig
-    workdir: pathlib.Path
-    mesh: Mesh
-    lm: LanguageModel
-    data: Prepared
-    objective: Objective
-    aux: dict[str, Any]
-    shardings: TrainState
-    train_step: Callable
-    eval_step: Callable
-
-
-def run(config: RunConfig, workdir: pathlib.Path, *, stages: Mapping[str, pathlib.Path] | None = None) -> dict[str, float]:
+def run(config: RunConfig, workdir: pathlib.Path) -> dict[str, float]:
     """Trains what a config describes, into `workdir`.
 
     Args:
-        config: resolved and checked.
+        config: resolved and checked. Its sources may name sibling stages of `workdir`.
         workdir: receives `config.json`, the tokenizer, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and at the end
             `finished.json`.
-        stages: earlier stages' workdirs by name, which `init_from` and the like may name.
 
     Returns:
         The last evaluation's metrics.
@@ -69,104 +43,13 @@ def run(config: RunConfig, workdir: pathlib.Path, *, stages: Mapping[str, pathli
     if (workdir / FINISHED).is_file():
         say(f"{workdir}: finished before, left as it is")
         return json.loads((workdir / FINISHED).read_text())["metrics"]
-    workdir.mkdir(parents=True, exist_ok=True)
-    sources = _find_sources(config, stages or {})
-    inherited = next((source.workdir for source in sources.values()), None)
-    data = prepare(config, workdir, inherited)
-    config = with_vocabulary(config, data.tokenizer)
-    _keep_config(config, workdir)
-    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-    _check_rows(config, mesh)
-    made, state = _build(config, workdir, mesh, data, sources)
-    with Checkpoints(
-        workdir, keep=config.train.keep, best_metric=config.train.best_metric, best_mode=config.train.best_mode
-    ) as checkpoints:
+    made, state = build(config, workdir)
+    train = made.config.train
+    with Checkpoints(workdir, keep=train.keep, best_metric=train.best_metric, best_mode=train.best_mode) as checkpoints:
         state = _resume(made, state, checkpoints)
         metrics = _train(made, state, checkpoints)
-    (workdir / FINISHED).write_text(json.dumps({"steps": data.train.num_steps, "metrics": metrics}, indent=1))
+    (workdir / FINISHED).write_text(json.dumps({"steps": made.data.train.num_steps, "metrics": metrics}, indent=1))
     return metrics
-
-
-def _find_sources(config: RunConfig, stages: Mapping[str, pathlib.Path]) -> dict[str, Source]:
-    named = {"init": config.init_from, **config.sources}
-    return {role: find_source(name, f"{role}_from", stages) for role, name in named.items() if name}
-
-
-def _keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
-    """Writes the resolved config; a run that goes on must go on with the one it began with."""
-    plain, file = to_plain(config), workdir / CONFIG
-    if file.is_file() and (before := json.loads(file.read_text())) != json.loads(json.dumps(plain)):
-        raise ValueError(
-            f"{workdir}: began with another config ({_first_difference(before, plain)}); take the old value back, or "
-            "another --workdir"
-        )
-    file.write_text(json.dumps(plain, indent=1))
-
-
-def _first_difference(before: Any, now: Any, key: str = "config") -> str:
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != json.loads(json.dumps(now.get(name))):
-                return _first_difference(before.get(name), now.get(name), f"{key}.{name}")
-    return f"{key} was {before!r}, is {now!r}"
-
-
-def _check_rows(config: RunConfig, mesh: Mesh) -> None:
-    shards, rows = num_row_shards(mesh), config.data.rows_per_step // config.data.micro_batches
-    if rows % shards:
-        raise ValueError(
-            f"config.data.rows_per_step = {config.data.rows_per_step} in {config.data.micro_batches} micro-batches gives "
-            f"{rows} rows, which {shards} devices (config.mesh) cannot share evenly; use a multiple of "
-            f"{shards * config.data.micro_batches}"
-        )
-
-
-def _build(config, workdir, mesh, data, sources) -> tuple[Run, TrainState]:
-    lm = make_language_model(config.model)
-    settings = config.objective
-    cached = settings.reference == "cached"
-    objective = make_objective(
-        lm,
-        settings.loss_type,
-        loss_weights=settings.loss_weights,
-        hyper=settings.hyper,
-        cached_reference=cached,
-        chunk=settings.head_chunk,
-    )
-    _check_roles(config, objective, sources)
-    places = parameter_shardings(mesh, jax.eval_shape(lm.init, jax.random.key(0)))
-    aux = {role: load_source(sources[role], lm, mesh) for role in sorted(objective.frozen)}
-    if cached:
-        data = _with_cached_reference(config, workdir, mesh, lm, data, sources[REFERENCE])
-    tx = make_optimizer(config.optimizer, data.train.num_steps)
-    start = load_source(sources["init"], lm, mesh) if "init" in sources else None
-    state = init_state(mesh, lm, tx, seed=config.train.seed, params=start)
-    shardings = state_shardings(mesh, lm, tx)
-    aux_places = dict.fromkeys(aux, places)
-    train_step = make_train_step(objective, tx, mesh, shardings, aux_places)
-    eval_step = make_eval_step(objective, mesh, places, aux_places)
-    return Run(config, workdir, mesh, lm, data, objective, aux, shardings, train_step, eval_step), state
-
-
-def _check_roles(config: RunConfig, objective: Objective, sources: Mapping[str, Source]) -> None:
-    reads = objective.frozen | ({REFERENCE} if config.objective.reference == "cached" else frozenset())
-    methods = ", ".join(config.objective.loss_type)
-    if REFERENCE in reads and config.objective.reference == "none":
-        raise ValueError(f"config.objective.reference = 'none': {methods} reads a reference; use 'live' or 'cached'")
-    for role in sorted(reads - sources.keys()):
-        raise ValueError(f"config.{role}_from: must be set, {methods} reads it; name a stage or a run's workdir")
-    for role in sorted(sources.keys() - reads - {"init"}):
-        raise ValueError(f"config.{role}_from has no effect on {methods}; remove it")
-
-
-def _with_cached_reference(config, workdir, mesh, lm, data: Prepared, source: Source) -> Prepared:
-    params = load_source(source, lm, mesh)
-
-    def cache(name: str, dataset: Dataset) -> Dataset:
-        return cache_reference(dataset, name, lm, params, mesh, workdir, chunk=config.objective.head_chunk)
-
-    evals = {name: cache(name, dataset) for name, dataset in data.evals.items()}
-    return data._replace(train=cache("train", data.train), evals=evals)
 
 
 def _facts(made: Run) -> dict[str, Any]:
@@ -223,7 +106,12 @@ def _report(made, step, metrics, examples, rate, writer, progress) -> None:
     if step % train.log_every == 0 or step in (1, made.data.train.num_steps):
         epoch = made.data.train.plan.epoch_of_row
         row = min(step * made.data.train.plan.rows_per_step, len(epoch)) - 1
-        writer.write(step, values | {"learning_rate": float(rate(step - 1)), "epoch": int(epoch[row])})
+        logged = values | {
+            "learning_rate": float(rate(step - 1)),
+            "epoch": int(epoch[row]),
+            "tokens_per_second": progress.rate,
+        }
+        writer.write(step, logged)
     if values["nonfinite"] >= train.stop_after_nonfinite:
         ids = sorted({int(i) for i in examples.reshape(-1) if i >= 0})
         raise TrainingDivergedError(
@@ -238,19 +126,3 @@ def last_evaluation(workdir: pathlib.Path) -> dict[str, float]:
         if any(name.startswith("eval_") for name in line):
             return {name: value for name, value in line.items() if name != "step"}
     return {}
-
-
-def evaluate(made: Run, params: Any) -> dict[str, float]:
-    """Metrics of every held-out set, each example counted once, as `eval_SET_METRIC`."""
-    values: dict[str, float] = {}
-    for name, dataset in made.data.evals.items():
-        total: dict[str, Mean] | None = None
-        for _, batch in batches(dataset, start_step=0, micro_batches=1):
-            total = add(total, made.eval_step(params, made.aux, to_global(made.mesh, batch)))
-        assert total is not None
-        means = to_floats(total)
-        weights = made.objective.weights
-        means["loss"] = sum(weight * means.get(f"loss/{term}", 0.0) for term, weight in weights.items())
-        values |= {f"eval_{name}_{metric}": value for metric, value in means.items()}
-    return values
-

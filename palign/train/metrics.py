@@ -27,7 +27,11 @@ def to_floats(metrics: Mapping[str, Mean], *, prefix: str = "") -> dict[str, flo
 
 def add(total: Mapping[str, Mean] | None, more: Mapping[str, Mean]) -> dict[str, Mean]:
     """Adds undivided means."""
-    return dict(more) if total is None else {k: Mean(total[k].sum + m.sum, total[k].count + m.count) for k, m in more.items()}
+    return (
+        dict(more)
+        if total is None
+        else {k: Mean(total[k].sum + m.sum, total[k].count + m.count) for k, m in more.items()}
+    )
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:

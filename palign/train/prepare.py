@@ -120,7 +120,9 @@ def _tokenise(name: str, records: Sequence[Record], tokenizer: Tokenizer, data: 
     trees, counts = tokenize_records(records, tokenizer, max_length=data.max_length)
     say(f"{name}: {_counted(counts)}")
     if not trees:
-        raise ValueError(f"config.data: no record of {name!r} is left; raise config.data.max_length = {data.max_length}")
+        raise ValueError(
+            f"config.data: no record of {name!r} is left; raise config.data.max_length = {data.max_length}"
+        )
     return trees
 
 

@@ -9,16 +9,13 @@ import hashlib
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from palign.data.loader import Dataset, batches, fingerprint
-from palign.data.pack import split_targets
-from palign.data.plan import plan_evaluation, row_needs
+from palign.data.loader import Dataset, fingerprint
+from palign.eval.per_target import num_steps, per_target
 from palign.heads.target_values import target_logps
 from palign.models.protocol import LanguageModel
-from palign.sharding.mesh import SHARED, row_sharding, to_global
 from palign.train.metrics import Reporter
 from palign.train.sources import digest
 from palign.types import Batch
@@ -57,25 +54,8 @@ def cache_reference(
 
 
 def _compute(dataset, name, lm, params, mesh, chunk):
-    needs = row_needs(dataset.trees, layout=dataset.layout, pair_policy=dataset.pair_policy)
-    plan = plan_evaluation(needs, dataset.shape, rows_per_step=dataset.plan.rows_per_step)
-    once = dataclasses.replace(dataset, plan=plan)
-
     def logps(params, batch: Batch):
-        micro = jax.tree.map(lambda x: x[0], batch)
-        return target_logps(lm.hidden(params, micro), lm.unembed(params), micro, chunk=chunk)
+        return target_logps(lm.hidden(params, batch), lm.unembed(params), batch, chunk=chunk)
 
-    compiled = jax.jit(
-        logps, in_shardings=(None, row_sharding(mesh, axis=1)), out_shardings=NamedSharding(mesh, SHARED)
-    )
-    values: list[Any] = [None] * len(dataset.trees)
-    with jax.set_mesh(mesh), Reporter(f"reference of {name}", plan.num_steps) as progress:
-        for step, batch in batches(once, start_step=0, micro_batches=1):
-            result = np.asarray(compiled(params, to_global(mesh, batch)))
-            for r in range(plan.rows_per_step):
-                row = jax.tree.map(lambda x, r=r: x[0, r], batch)
-                members = plan.row(step * plan.rows_per_step + r)
-                for member, logp in zip(members, split_targets(row, result[r]), strict=True):
-                    values[member] = logp
-            progress.advance(step + 1, float((batch.group > 0).sum()))
-    return values
+    with Reporter(f"reference of {name}", num_steps(dataset)) as progress:
+        return per_target(dataset, logps, params, mesh, advance=progress.advance)

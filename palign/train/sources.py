@@ -3,7 +3,6 @@
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -29,23 +28,30 @@ class Source(NamedTuple):
     which: str
 
 
-def find_source(name: str, key: str, stages: Mapping[str, pathlib.Path]) -> Source:
+def sibling_stages(workdir: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The stages that lie beside a stage's workdir `NN-name`, by name, without itself."""
+    found = {d.name.partition("-")[2]: d for d in sorted(workdir.parent.glob("[0-9][0-9]-*")) if d != workdir}
+    return found if workdir.name[:2].isdigit() else {}
+
+
+def find_source(name: str, key: str, workdir: pathlib.Path) -> Source:
     """Looks a source up.
 
     Args:
-        name: `stage`, `workdir`, either with `@step`, `@last` (the default) or `@best`.
+        name: a sibling stage of `workdir`, or a workdir; either with `@step`, `@last` (the default) or `@best`.
         key: the config key that names it, for the message.
-        stages: earlier stages of the recipe and their workdirs.
+        workdir: of the run that reads it.
 
     Raises:
         ValueError: neither a stage nor a directory with a run in it.
     """
     place, _, which = name.partition("@")
-    workdir = stages.get(place, pathlib.Path(place))
-    if not (workdir / CONFIG).is_file():
-        known = f"stages before it: {', '.join(stages)}" if stages else "there is no stage before it"
+    stages = sibling_stages(workdir)
+    found = stages.get(place, pathlib.Path(place))
+    if not (found / CONFIG).is_file():
+        known = f"stages here: {', '.join(stages)}" if stages else "there are no stages here"
         raise ValueError(f"config.{key} = {name!r}: neither a stage nor the workdir of a run ({known})")
-    return Source(workdir, which or "last")
+    return Source(found, which or "last")
 
 
 def read_config(workdir: pathlib.Path) -> RunConfig:
@@ -56,7 +62,9 @@ def read_config(workdir: pathlib.Path) -> RunConfig:
     """
     file = workdir / CONFIG
     if not file.is_file():
-        raise ValueError(f"{workdir}: not the workdir of a run (no {CONFIG}); train one, or name another")
+        stages = ", ".join(str(d) for d in sorted(workdir.glob("[0-9][0-9]-*")))
+        hint = f"its stages are {stages}" if stages else "train one, or name another"
+        raise ValueError(f"{workdir}: not the workdir of a run (no {CONFIG}); {hint}")
     return resolve_run(json.loads(file.read_text()))
 
 
@@ -79,7 +87,8 @@ class Loaded(NamedTuple):
 
 def load_run(name: str, *, mesh: Mesh | None = None) -> Loaded:
     """Loads the model and tokenizer of a run's workdir (`@step`, `@last`, `@best` behind it)."""
-    source = find_source(name, "workdir", {})
+    place, _, which = name.partition("@")
+    source = Source(pathlib.Path(place), which or "last")
     config = read_config(source.workdir)
     lm = make_language_model(config.model)
     params = load_source(source, lm, mesh or make_mesh(data=1, devices=jax.devices()[:1]))

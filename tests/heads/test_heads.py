@@ -35,7 +35,8 @@ def _entropy(logits):
 
 @functools.cache
 def batch():
-    return make_batch(random_trees(0, 20), rows=R, used=R - 1, tokens=T)  # the last row is empty
+    with jax.ensure_compile_time_eval():  # it may be asked for first while something is traced
+        return make_batch(random_trees(0, 20), rows=R, used=R - 1, tokens=T)  # the last row is empty
 
 
 @functools.cache
@@ -86,8 +87,14 @@ def oracle(name):
         return jax.tree.map(lambda x: np.asarray(x, np.float32), dense(cotangent, hidden, kernels))
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("name", FUNCTIONS)
+def test_several_branches_start_from_one_source():
+    """A prompt's last token predicts every branch: what the equalities below must see several times in one chunk."""
+    sources = np.where(batch().target_slot > 0, batch().target_source, -np.arange(1, T + 1))
+    shared = [np.unique(row, return_counts=True)[1].max() for row in sources]
+    assert max(shared) >= 7
+
+
+@pytest.mark.parametrize(("name", "chunk"), [("logp", c) for c in CHUNKS] + [(n, 7) for n in FUNCTIONS if n != "logp"])
 def test_target_values_equal_dense_logits_for_any_cotangent(name, chunk):
     num, function = FUNCTIONS[name]
     hidden, kernels, cotangent = arrays(3)
@@ -100,8 +107,7 @@ def test_target_values_equal_dense_logits_for_any_cotangent(name, chunk):
         assert (np.asarray(frozen) == 0).all()
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "logp and entropy"])
+@pytest.mark.parametrize(("name", "chunk"), [("reverse_kl", c) for c in CHUNKS] + [("logp", 7), ("aligndistil", 7)])
 def test_weighted_sums_equal_dense_logits(name, chunk):
     num, function = FUNCTIONS[name]
     hidden, kernels, weights = arrays(3)
@@ -138,12 +144,6 @@ def compiled_logps():
         return values, pull_back(values._replace(logps=cotangent, entropy=cotangent, correct=cotangent))
 
     return jax.jit(both)
-
-
-def test_branches_that_start_at_one_token_add_up_there():
-    """A prompt's last token predicts every branch: the same source several times, in one chunk."""
-    sources = np.asarray(jnp.where(batch().target_slot > 0, batch().target_source, -1))
-    assert any(np.unique(row[row >= 0]).size < (row >= 0).sum() for row in sources)
 
 
 def test_token_values_report_entropy_and_hits_without_gradient():
@@ -196,10 +196,10 @@ def test_padded_ids_have_no_probability_and_no_gradient():
 
 def test_towers_of_different_vocabularies_are_an_error():
     hidden, kernels, _ = arrays(3)
-    for other in (Unembedding(kernels[1], None, VOCAB - 1), Unembedding(kernels[1][:, :-1], None, VOCAB)):
-        with pytest.raises(ValueError, match="vocabular"):
-            towers = (Tower(hidden[0], Unembedding(kernels[0], None, VOCAB)), Tower(hidden[1], other))
-            target_values(FUNCTIONS["reverse_kl"][1], towers, batch())
+    sizes = (VOCAB, VOCAB - 1)
+    towers = tuple(Tower(x, Unembedding(w, None, size)) for x, w, size in zip(hidden, kernels, sizes, strict=False))
+    with pytest.raises(ValueError, match=r"heads: models with vocabularies of \[49, 50\] tokens"):
+        target_values(FUNCTIONS["reverse_kl"][1], towers, batch())
 
 
 def test_bfloat16_kernels_keep_float32_log_probabilities_and_sums():

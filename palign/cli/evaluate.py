@@ -1,0 +1,36 @@
+"""Evaluate a run's checkpoint on records: the metrics of its objective, each example counted once.
+
+    python -m palign.cli.evaluate --workdir=runs/dpo@best --data=heldout.jsonl
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from palign.cli import app
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parses the command line and prints the metrics."""
+    parser = argparse.ArgumentParser(prog="palign.cli.evaluate", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--workdir", required=True, help="of a run; @STEP, @last or @best behind it")
+    parser.add_argument("--data", default="", help="a data file; by default the run's own held-out sets")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args(arguments)
+
+    from palign.report.contents import Cell, Row, Table
+    from palign.report.table import print_table
+    from palign.train.evaluate import evaluate_run
+
+    app.use_compilation_cache()
+    metrics = evaluate_run(given.workdir, given.data)
+    if given.json:
+        import json
+
+        print(json.dumps(metrics, indent=1))
+        return
+    rows = [Row(name, (Cell(value, digits=4),)) for name, value in sorted(metrics.items())]
+    print_table(Table(("value",), tuple(rows), label="metric", caption=given.workdir))
+
+
+if __name__ == "__main__":
+    raise SystemExit(app.run(main))

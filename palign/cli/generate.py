@@ -1,0 +1,54 @@
+"""Sample from a run's model.
+
+    python -m palign.cli.generate --workdir=runs/dpo --prompt="Once upon a time" --samples=3
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from palign.cli import app
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parses the command line and prints samples."""
+    parser = argparse.ArgumentParser(prog="palign.cli.generate", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--workdir", required=True, help="of a run; @STEP, @last or @best behind it")
+    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    parser.add_argument("--prompts", default="", help="a data file whose prompts are used")
+    parser.add_argument("--samples", type=int, default=1)
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: the most likely token")
+    parser.add_argument("--top_k", type=int, default=0, help="0: all")
+    parser.add_argument("--top_p", type=float, default=1.0, help="1: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--json", action="store_true", help="one JSON record a line, as the data readers take them")
+    given = vars(parser.parse_args(arguments))
+
+    from palign.data.readers import read_records
+
+    prompts = given.pop("prompt") + [r.prompt for r in (read_records(p)[0] if (p := given.pop("prompts")) else [])]
+    if not prompts:
+        raise ValueError("no prompt: give --prompt=TEXT or --prompts=FILE")
+
+    from palign.generate.texts import generate
+    from palign.train.metrics import Reporter
+    from palign.train.sources import load_run
+
+    app.use_compilation_cache()
+    loaded, as_json = load_run(given.pop("workdir")), given.pop("json")
+    with Reporter("generate", len(prompts)) as progress:
+        drawn = generate(loaded.lm, loaded.params, loaded.tokenizer, prompts, progress=progress, **given)
+    for prompt, samples in zip(prompts, drawn, strict=True):
+        if as_json:
+            record = {"prompt": prompt, "responses": [s.text for s in samples], "scores": [s.logp for s in samples]}
+            print(json.dumps(record, ensure_ascii=False))
+            continue
+        for sample in samples:
+            sys.stdout.write(f"{prompt}\033[1m{sample.text}\033[0m\n" if sys.stdout.isatty() else f"{prompt}{sample.text}\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(app.run(main))

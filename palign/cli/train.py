@@ -1,0 +1,37 @@
+"""Train what a config describes: one run, or the stages of a recipe.
+
+    python -m palign.cli.train --config=configs/dpo.py --config.data.path=pairs.jsonl --workdir=runs/dpo
+
+Any setting is overridden by `--config.key.key=value`. The same command again goes on where it was stopped.
+"""
+
+import argparse
+import pathlib
+from collections.abc import Sequence
+
+from palign.cli import app
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parses the command line and trains."""
+    parser = argparse.ArgumentParser(prog="palign.cli.train", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="a Python file with get_config()")
+    parser.add_argument("--workdir", required=True, help="where checkpoints, metrics and logs go")
+    parser.add_argument("--stage", default="", help="run one stage of a recipe")
+    parser.add_argument("--config.KEY", metavar="VALUE", help="override a setting, e.g. --config.objective.beta=0.2")
+    flags = [a for a in arguments if not a.startswith("--config.")]
+    overrides = [a.removeprefix("--config.") for a in arguments if a.startswith("--config.")]
+    given = parser.parse_args(flags)
+
+    from palign.config.load import load_recipe
+
+    recipe = load_recipe(given.config, overrides)
+
+    from palign.recipes.stages import run_recipe  # after the config: a slip in it is answered at once
+
+    app.use_compilation_cache()
+    run_recipe(recipe, pathlib.Path(given.workdir), only=given.stage)
+
+
+if __name__ == "__main__":
+    raise SystemExit(app.run(main))

@@ -1,0 +1,64 @@
+"""Numbers per target of every example, handed back example by example."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from palign.data.loader import Dataset, batches
+from palign.data.pack import split_targets
+from palign.data.plan import plan_evaluation, row_needs
+from palign.sharding.mesh import SHARED, row_sharding, to_global
+from palign.types import Array, Batch
+
+
+def per_target(
+    dataset: Dataset,
+    function: Callable[[Any, Batch], Array],
+    params: Any,
+    mesh: Mesh,
+    *,
+    advance: Callable[[int, float], None] | None = None,
+) -> list[tuple[np.ndarray, ...]]:
+    """Evaluates `function(params, batch [R, ...]) -> [R, M]` on every example once.
+
+    Args:
+        dataset: the data; its order and layout are kept, its plan is not.
+        function: pure; compiled once.
+        params: what it is given, of one model or several.
+        mesh: the devices.
+        advance: told (steps done, tokens of the step), for a progress bar.
+
+    Returns:
+        For each example, one array for each of its responses, one number a token.
+    """
+    needs = row_needs(dataset.trees, layout=dataset.layout, pair_policy=dataset.pair_policy)
+    plan = plan_evaluation(needs, dataset.shape, rows_per_step=dataset.plan.rows_per_step)
+    rows, whole = row_sharding(mesh, axis=1), NamedSharding(mesh, SHARED)
+    compiled = jax.jit(
+        lambda params, batch: function(params, jax.tree.map(lambda x: x[0], batch)),
+        in_shardings=(None, rows),
+        out_shardings=whole,
+    )
+    values: list[Any] = [None] * len(dataset.trees)
+    once = dataclasses.replace(dataset, plan=plan, reference_logps=None)
+    with jax.set_mesh(mesh):
+        for step, batch in batches(once, start_step=0, micro_batches=1):
+            result = np.asarray(compiled(params, to_global(mesh, batch)))
+            for r in range(plan.rows_per_step):
+                row = jax.tree.map(lambda x, r=r: x[0, r], batch)
+                members = plan.row(step * plan.rows_per_step + r)
+                for member, numbers in zip(members, split_targets(row, result[r]), strict=True):
+                    values[member] = numbers
+            if advance is not None:
+                advance(step + 1, float((batch.group > 0).sum()))
+    return values
+
+
+def num_steps(dataset: Dataset) -> int:
+    """How many steps `per_target` takes."""
+    needs = row_needs(dataset.trees, layout=dataset.layout, pair_policy=dataset.pair_policy)
+    return plan_evaluation(needs, dataset.shape, rows_per_step=dataset.plan.rows_per_step).num_steps

@@ -1,0 +1,166 @@
+"""From a config to everything that a run works with: sources, data, model, objective, compiled steps."""
+
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from palign.config.load import to_plain
+from palign.config.schema import RunConfig
+from palign.data.loader import Dataset, batches
+from palign.models.protocol import LanguageModel
+from palign.models.transformer import make_language_model
+from palign.objectives.base import REFERENCE, Objective
+from palign.objectives.registry import make_objective, resolve_methods, roles_read
+from palign.sharding.mesh import make_mesh, num_row_shards, to_global
+from palign.sharding.rules import parameter_shardings
+from palign.train.metrics import add, to_floats
+from palign.train.optimizer import make_optimizer
+from palign.train.prepare import Prepared, prepare, with_vocabulary
+from palign.train.reference import cache_reference
+from palign.train.sources import CONFIG, Source, find_source, load_source
+from palign.train.state import TrainState, init_state, state_shardings
+from palign.train.step import make_eval_step, make_train_step
+from palign.types import Mean
+
+
+class Run(NamedTuple):
+    """Everything that the loop works with."""
+
+    config: RunConfig
+    workdir: pathlib.Path
+    mesh: Mesh
+    lm: LanguageModel
+    data: Prepared
+    objective: Objective
+    aux: dict[str, Any]
+    shardings: TrainState
+    train_step: Callable
+    eval_step: Callable
+
+
+def build(config: RunConfig, workdir: pathlib.Path) -> tuple[Run, TrainState]:
+    """Builds a run in its workdir, and the state that it begins with.
+
+    Raises:
+        ValueError: bad config, data or sources; nothing was trained.
+    """
+    check_config(config)
+    sources = find_sources(config, workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    data = prepare(config, workdir, next((source.workdir for source in sources.values()), None))
+    config = with_vocabulary(config, data.tokenizer)
+    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    _check_rows(config, mesh)
+    _keep_config(config, workdir)
+    return assemble(config, workdir, mesh, data, sources)
+
+
+def find_sources(config: RunConfig, workdir: pathlib.Path) -> dict[str, Source]:
+    """Where the policy and the frozen models come from, by role; a stage's name means the sibling of that name."""
+    named = {"init": config.init_from, **config.sources}
+    return {role: find_source(name, f"{role}_from", workdir) for role, name in named.items() if name}
+
+
+def _keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
+    """Writes the resolved config; a run that goes on must go on with the one it began with."""
+    plain, file = to_plain(config), workdir / CONFIG
+    if file.is_file() and (before := json.loads(file.read_text())) != json.loads(json.dumps(plain)):
+        raise ValueError(
+            f"{workdir}: began with another config ({_first_difference(before, plain)}); take the old value back, or "
+            "another --workdir"
+        )
+    file.write_text(json.dumps(plain, indent=1))
+
+
+def _first_difference(before: Any, now: Any, key: str = "config") -> str:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != json.loads(json.dumps(now.get(name))):
+                return _first_difference(before.get(name), now.get(name), f"{key}.{name}")
+    return f"{key} was {before!r}, is {now!r}"
+
+
+def _check_rows(config: RunConfig, mesh: Mesh) -> None:
+    shards, rows = num_row_shards(mesh), config.data.rows_per_step // config.data.micro_batches
+    if rows % shards:
+        raise ValueError(
+            f"config.data.rows_per_step = {config.data.rows_per_step} in {config.data.micro_batches} micro-batches gives "
+            f"{rows} rows, which {shards} devices (config.mesh) cannot share evenly; use a multiple of "
+            f"{shards * config.data.micro_batches}"
+        )
+
+
+def assemble(
+    config: RunConfig, workdir: pathlib.Path, mesh: Mesh, data: Prepared, sources: Mapping[str, Source]
+) -> tuple[Run, TrainState]:
+    """Loads the models, makes the objective and compiles nothing yet."""
+    lm = make_language_model(config.model)
+    settings = config.objective
+    cached = settings.reference == "cached"
+    objective = make_objective(
+        lm,
+        settings.loss_type,
+        loss_weights=settings.loss_weights,
+        hyper=settings.hyper,
+        cached_reference=cached,
+        chunk=settings.head_chunk,
+    )
+    places = parameter_shardings(mesh, jax.eval_shape(lm.init, jax.random.key(0)))
+    aux = {role: load_source(sources[role], lm, mesh) for role in sorted(objective.frozen)}
+    if cached:
+        data = _with_cached_reference(config, workdir, mesh, lm, data, sources[REFERENCE])
+    tx = make_optimizer(config.optimizer, data.train.num_steps)
+    start = load_source(sources["init"], lm, mesh) if "init" in sources else None
+    state = init_state(mesh, lm, tx, seed=config.train.seed, params=start)
+    shardings = state_shardings(mesh, lm, tx)
+    aux_places = dict.fromkeys(aux, places)
+    train_step = make_train_step(objective, tx, mesh, shardings, aux_places)
+    eval_step = make_eval_step(objective, mesh, places, aux_places)
+    return Run(config, workdir, mesh, lm, data, objective, aux, shardings, train_step, eval_step), state
+
+
+def check_config(config: RunConfig) -> None:
+    """Checks what sections of a config say of each other, before anything is read or trained.
+
+    Raises:
+        ValueError: an unknown method, a hyper-parameter or a source without effect, or a source that is missing.
+    """
+    settings, methods = config.objective, ", ".join(config.objective.loss_type)
+    resolve_methods(settings.loss_type, settings.hyper)
+    frozen, reference = roles_read(settings.loss_type)
+    reads = frozen | ({REFERENCE} if reference else frozenset())
+    if REFERENCE in reads and settings.reference == "none":
+        raise ValueError(f"config.objective.reference = 'none': {methods} reads a reference; use 'live' or 'cached'")
+    for role in sorted(reads - config.sources.keys()):
+        raise ValueError(f"config.{role}_from: must be set, {methods} reads it; name a stage or a run's workdir")
+    for role in sorted(config.sources.keys() - reads):
+        raise ValueError(f"config.{role}_from has no effect on {methods}; remove it")
+
+
+def _with_cached_reference(config, workdir, mesh, lm, data: Prepared, source: Source) -> Prepared:
+    params = load_source(source, lm, mesh)
+
+    def cache(name: str, dataset: Dataset) -> Dataset:
+        return cache_reference(dataset, name, lm, params, mesh, workdir, chunk=config.objective.head_chunk)
+
+    evals = {name: cache(name, dataset) for name, dataset in data.evals.items()}
+    return data._replace(train=cache("train", data.train), evals=evals)
+
+
+def evaluate(made: Run, params: Any) -> dict[str, float]:
+    """Metrics of every held-out set, each example counted once, as `eval_SET_METRIC`."""
+    values: dict[str, float] = {}
+    for name, dataset in made.data.evals.items():
+        total: dict[str, Mean] | None = None
+        for _, batch in batches(dataset, start_step=0, micro_batches=1):
+            total = add(total, made.eval_step(params, made.aux, to_global(made.mesh, batch)))
+        assert total is not None
+        means = to_floats(total)
+        weights = made.objective.weights
+        means["loss"] = sum(weight * means.get(f"loss/{term}", 0.0) for term, weight in weights.items())
+        values |= {f"eval_{name}_{metric}": value for metric, value in means.items()}
+    return values

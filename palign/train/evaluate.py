@@ -1,0 +1,39 @@
+"""Evaluating a checkpoint on records that its run may never have seen."""
+
+import dataclasses
+import pathlib
+
+from palign.data.tokenizers import load_tokenizer
+from palign.sharding.mesh import make_mesh
+from palign.train.build import assemble, evaluate, find_sources
+from palign.train.prepare import prepare
+from palign.train.sources import Source, load_source, read_config
+
+
+def evaluate_run(name: str, path: str = "") -> dict[str, float]:
+    """Evaluates a run's objective.
+
+    Args:
+        name: the run's workdir; `@STEP`, `@last` or `@best` behind it.
+        path: a data file, which becomes the set `data`; "" for the run's own held-out sets.
+
+    Returns:
+        `eval_SET_METRIC` -> value.
+
+    Raises:
+        ValueError: no such run or checkpoint, bad data, no held-out set.
+    """
+    place, _, which = name.partition("@")
+    workdir = pathlib.Path(place)
+    config = read_config(workdir)
+    if path:
+        data = dataclasses.replace(config.data, path=path, eval_fraction=0.0, eval_paths={"data": path}, limit=0)
+        config = dataclasses.replace(config, data=data)
+    tokenizer = load_tokenizer(workdir)
+    data = prepare(config, workdir, None)
+    assert data.tokenizer.fingerprint() == tokenizer.fingerprint()
+    if not data.evals:
+        raise ValueError(f"{workdir}: the run held nothing out; name a file with --data")
+    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    made, _ = assemble(config, workdir, mesh, data, find_sources(config, workdir))
+    return evaluate(made, load_source(Source(workdir, which or "last"), made.lm, mesh))

@@ -1,0 +1,164 @@
+"""Ten optimizer steps against TRL's own DPOTrainer: the same weights, pairs and settings must give the same numbers.
+
+`make_trl_fixture.py` recorded TRL's side. Three definitions differ, and each is bridged where it is compared: TRL's
+`num_tokens` counts a prompt once per response and adds up over the run; its `mean_token_accuracy` looks at chosen
+responses only; a margin that rounding decides may fall on either side of the strict `>` of `rewards/accuracies`.
+"""
+
+import functools
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from palign.config.schema import ModelConfig, OptimizerConfig
+from palign.data.pack import pack_row, row_shape, stack_rows
+from palign.data.tokenize import TokenTree
+from palign.heads.target_values import target_logps
+from palign.models.config import padded_vocabulary
+from palign.models.transformer import make_language_model
+from palign.objectives.registry import make_objective
+from palign.sharding.mesh import make_mesh, to_global
+from palign.sharding.rules import parameter_shardings
+from palign.train.metrics import to_floats
+from palign.train.optimizer import learning_rate_schedule, make_optimizer
+from palign.train.state import init_state, state_shardings
+from palign.train.step import make_train_step
+
+HERE = pathlib.Path(__file__).parent
+RUNS = ("sigmoid", "ipo", "sigmoid_sft")
+# Layout of a step's four pairs: name -> (pairs in a row, layout of a pair). The first is what TRL computes.
+LAYOUTS = {"repeated": (1, "unshared"), "tree_a_row": (1, "packed"), "packed": (4, "packed")}
+
+
+@functools.cache
+def fixture():
+    with np.load(HERE / "trl_trajectory.npz") as file:
+        return json.loads((HERE / "trl_trajectory.json").read_text()), dict(file)
+
+
+def model_config(run) -> ModelConfig:
+    sizes = fixture()[0]["shared"]["sizes"]
+    return ModelConfig(
+        vocab_size=sizes["vocab_size"],
+        num_layers=sizes["num_hidden_layers"],
+        dim=sizes["hidden_size"],
+        num_heads=sizes["num_attention_heads"],
+        num_key_heads=sizes["num_key_value_heads"],
+        hidden_dim=sizes["intermediate_size"],
+        norm_epsilon=sizes["rms_norm_eps"],
+        rope_bases=(sizes["rope_parameters"]["rope_theta"],),
+        tie_embedding=run["tied"],
+        attention_bias=run["family"] == "qwen2",
+        dtype="float32",
+    )
+
+
+def optimizer_config() -> OptimizerConfig:
+    shared = fixture()[0]["shared"]
+    return OptimizerConfig(
+        learning_rate=shared["learning_rate"],
+        schedule="linear",
+        warmup_steps=shared["warmup_steps"],
+        warmup_ratio=None,
+        weight_decay=shared["weight_decay"],
+        b1=shared["adam_beta1"],
+        b2=shared["adam_beta2"],
+        eps=shared["adam_epsilon"],
+        max_grad_norm=shared["max_grad_norm"],
+    )
+
+
+def weights(config: ModelConfig, prefix: str):
+    """transformers' tensors `[out, in]` as palign's parameters: transposed, heads apart, stacked over layers."""
+    tensors, width = fixture()[1], config.head_width
+
+    def stacked(name, shape=None):
+        layers = [tensors[f"{prefix}/model.layers.{i}.{name}"].T for i in range(config.num_layers)]
+        return np.stack([layer if shape is None else layer.reshape(shape) for layer in layers])
+
+    def projection(name, heads):
+        out = {"kernel": stacked(f"self_attn.{name}.weight", (config.dim, heads, width))}
+        return out | ({"bias": stacked(f"self_attn.{name}.bias", (heads, width))} if config.attention_bias else {})
+
+    padding = ((0, padded_vocabulary(config) - config.vocab_size), (0, 0))
+    params = {
+        "embedding": np.pad(tensors[f"{prefix}/model.embed_tokens.weight"], padding),
+        "final_norm": {"scale": tensors[f"{prefix}/model.norm.weight"]},
+        "layers": {
+            "attention_norm": {"scale": stacked("input_layernorm.weight")},
+            "mlp_norm": {"scale": stacked("post_attention_layernorm.weight")},
+            "attention": {
+                "query": projection("q_proj", config.num_heads),
+                "key": projection("k_proj", config.num_key_heads),
+                "value": projection("v_proj", config.num_key_heads),
+                "output": {"kernel": stacked("self_attn.o_proj.weight", (config.num_heads, width, config.dim))},
+            },
+            "mlp": {name: {"kernel": stacked(f"mlp.{name}_proj.weight")} for name in ("gate", "up", "down")},
+        },
+    }
+    if not config.tie_embedding:
+        params["unembedding"] = np.pad(tensors[f"{prefix}/lm_head.weight"], padding).T
+    return params
+
+
+def make_batch(step, layout: str):
+    """One step's pairs as rows `[R, ...]`."""
+    trees_a_row, tree_layout = LAYOUTS[layout]
+    shape = row_shape(64 * trees_a_row, trees=trees_a_row, responses=2, block=16)
+    trees = [
+        TokenTree(*(np.asarray(ids, np.int32) for ids in (prompt,)), tuple(np.asarray(r, np.int32) for r in both), (1.0, 0.0), i)
+        for i, (prompt, *both) in enumerate(step["pairs"])
+    ]
+    rows = [trees[i : i + trees_a_row] for i in range(0, len(trees), trees_a_row)]
+    return stack_rows([pack_row(row, shape, "best_worst", tree_layout, seed=0) for row in rows])
+
+
+def train(run, params, config, layout):
+    """palign's own objective, optimizer and step over the recorded pairs: metrics of every step, and the end."""
+    lm, mesh = make_language_model(config), make_mesh(data=1, devices=jax.devices()[:1])
+    tx = make_optimizer(optimizer_config(), len(run["steps"]))
+    objective = make_objective(
+        lm, run["loss_type"], loss_weights=run["loss_weights"], hyper={"beta": fixture()[0]["shared"]["beta"]}, chunk=32
+    )
+    aux_shardings = {"reference": parameter_shardings(mesh, params)}
+    step = make_train_step(objective, tx, mesh, state_shardings(mesh, lm, tx), aux_shardings)
+    aux = jax.device_put({"reference": params}, aux_shardings)
+    state, metrics = init_state(mesh, lm, tx, seed=0, params=params), []
+    for recorded in run["steps"]:
+        batch = jax.tree.map(lambda x: x[None], make_batch(recorded, layout))
+        state, out = step(state, aux, to_global(mesh, batch))
+        metrics.append(to_floats(out))
+    return metrics, jax.device_get(state.params)
+
+
+def column(steps, name):
+    return np.array([step[name] for step in steps])
+
+
+@pytest.mark.parametrize("run_name", RUNS)
+def test_log_probabilities_at_the_start_are_those_of_transformers(run_name):
+    run = fixture()[0]["runs"][run_name]
+    config = model_config(run)
+    lm, params = make_language_model(config), weights(config, f"{run['family']}/before")
+    batch = make_batch(run["steps"][0], "packed")
+    logps = jax.jit(lambda p, b: target_logps(lm.hidden(p, b), lm.unembed(p), b, chunk=32))(params, batch)
+    ours = np.asarray(logps)[batch.target_slot > 0]
+    np.testing.assert_allclose(ours, np.concatenate(run["first_logps"]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("run_name", RUNS)
+def test_ten_steps_agree_with_trl(run_name, layout):
+    run = fixture()[0]["runs"][run_name]
+    config = model_config(run)
+    before, after = (weights(config, prefix) for prefix in (f"{run['family']}/before", f"{run_name}/after"))
+    metrics, params = train(run, before, config, layout)
+    worst = {}
+    for name in run['steps'][0]:
+        if name in metrics[0] : worst[name]=(np.max(np.abs(column(metrics,name)-column(run['steps'],name))), np.max(np.abs(column(metrics,name)/column(run['steps'],name)-1)))
+    print(run_name, layout); [print(k,v) for k,v in worst.items()]
+    def rel(x,y,b): return float(np.max(np.abs(x-y))/np.max(np.abs(y))), float(np.max(np.abs(x-y))/np.max(np.abs(y-b)))
+    for path, v in jax.tree_util.tree_leaves_with_path(jax.tree.map(rel, params, after, before), is_leaf=lambda x: isinstance(x,tuple)): print(jax.tree_util.keystr(path), v)
