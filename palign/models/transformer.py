@@ -43,6 +43,11 @@ class DecodeContext(NamedTuple):
     step: Any  # []
 
 
+def attend_nothing(q, k, v, window, cache, context, *, scale, softcap):
+    """Initialisation: parameters follow from shapes alone, and its one row cannot be cut over a mesh's devices."""
+    return q, None
+
+
 def attend_tree(q, k, v, window, cache, context, *, scale, softcap):
     """Training: nothing is kept."""
     return attend_blocks(q, k, v, *context, window, scale=scale, softcap=softcap), None
@@ -139,7 +144,7 @@ def make_language_model(config: ModelConfig) -> LanguageModel:
     def init(key: jax.Array) -> Params:
         ids = jnp.zeros((1, 2), jnp.int32)
         context = TreeContext(ids, ids + 1, ids, jnp.zeros((1, 1, 2), jnp.int32))
-        return Transformer(config, dtype, attend_tree).init(key, ids, context, None)["params"]
+        return Transformer(config, dtype, attend_nothing).init(key, ids, context, None)["params"]
 
     def hidden(params: Params, batch: Batch) -> jax.Array:
         context = TreeContext(batch.position, batch.group, batch.branch, batch.block_pairs)

@@ -32,6 +32,20 @@ def num_targets(batch: Batch) -> Array:
     return jnp.sum(batch.target_slot > 0).astype(jnp.float32)
 
 
+def preferred_targets(batch: Batch) -> Array:
+    """The targets of each example's preferred response, the first of equals: `[R, M]` bool."""
+    R, _, K = batch.valid.shape
+    best = jnp.argmax(jnp.where(batch.valid, batch.scores, -jnp.inf), axis=-1)
+    preferred = (best[..., None] == jnp.arange(K)[None, None]).reshape(R, -1)
+    preferred = jnp.pad(preferred, ((0, 0), (1, 0)))  # slot 0 is padding
+    return jnp.take_along_axis(preferred, batch.target_slot, axis=1)
+
+
+def num_preferred_targets(batch: Batch) -> Array:
+    """How many tokens the preferred responses have."""
+    return jnp.sum(preferred_targets(batch)).astype(jnp.float32)
+
+
 def num_responses(batch: Batch) -> Array:
     """How many responses there are."""
     return jnp.sum(batch.valid).astype(jnp.float32)
@@ -58,8 +72,8 @@ def listwise(loss: Callable) -> Method:
 
 
 def likelihood(loss: Callable) -> Method:
-    """A loss on the targets' log-probabilities, averaged over tokens."""
-    return Method(loss, _likelihood_term, num_targets, logps=False)
+    """A loss on the log-probabilities of each example's preferred response, averaged over tokens (TRL's `sft`)."""
+    return Method(loss, _likelihood_term, num_preferred_targets, logps=False)
 
 
 def distillation(loss: Callable, *frozen: str) -> Method:
@@ -149,15 +163,15 @@ def token_metrics(tokens: TokenValues, batch: Batch) -> dict[str, Mean]:
 
 
 def _likelihood_term(method, forward, batch, hyper):
-    listed = batch.target_slot > 0
+    learned = preferred_targets(batch)
     if forward.tokens is not None:  # another method has asked for them already
-        return jnp.sum(jnp.where(listed, method.loss(forward.tokens.logps, **hyper), 0.0)), {}
+        return jnp.sum(jnp.where(learned, method.loss(forward.tokens.logps, **hyper), 0.0)), {}
 
     def at_targets(token, logits):
         tokens = values_at_targets(token, logits)
         return method.loss(tokens.logps, **hyper), tokens
 
-    weights = jnp.ones(batch.target_slot.shape, jnp.float32)
+    weights = learned.astype(jnp.float32)
     total, (_, tokens) = weighted_sum(at_targets, weights, (forward.tower,), batch, chunk=forward.chunk)
     return total, token_metrics(tokens, batch)
 

@@ -1,4 +1,4 @@
-"""Records ten optimizer steps of TRL's own DPOTrainer on a tiny model: `trl_trajectory.npz` and `.json` beside this file.
+"""Records ten optimizer steps of TRL's own DPOTrainer on a tiny model, as `trl_trajectory.npz` and `.json` beside this.
 
 Run by hand, in an environment of its own; neither palign nor its tests need torch:
 
@@ -6,8 +6,8 @@ Run by hand, in an environment of its own; neither palign nor its tests need tor
     python tests/parity/make_trl_fixture.py
 
 Everything is made here: random weights, a tokenizer of words, forty pairs of ragged lengths. Per run the files hold the
-weights before and after, the token ids of every step's pairs as TRL tokenised and ordered them, what TRL logged at every
-step (at full precision), the learning rate that each step used, and transformers' own log-probabilities at step 0.
+weights before and after, the token ids of every step's pairs as TRL tokenised and ordered them, what TRL logged at
+every step (at full precision), the learning rate that each step used, and transformers' own log-probabilities at step 0.
 """
 
 import copy
@@ -92,7 +92,7 @@ def make_model(family: str, tied: bool):
     config, model = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[family]
     made = model(config(**SIZES, tie_word_embeddings=tied, attn_implementation="eager")).float()
     with torch.no_grad():  # norm scales and biases start at 1 and 0: move them, so that a mix-up shows
-        for name, weight in made.named_parameters():
+        for weight in made.parameters():
             if weight.ndim == 1:
                 weight += 0.2 * torch.randn_like(weight)
     return made

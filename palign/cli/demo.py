@@ -1,0 +1,30 @@
+"""The quick start: train, compare and improve a small language model on a CPU, and look at the report.
+
+    python -m palign.cli.demo --workdir=runs/demo
+"""
+
+import argparse
+import pathlib
+from collections.abc import Sequence
+
+from palign.cli import app
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parses the command line and runs the quick start."""
+    parser = argparse.ArgumentParser(prog="palign.cli.demo", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--workdir", default="runs/demo")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--full", action="store_true", help="more steps and IPO besides")
+    size.add_argument("--smoke", action="store_true", help="a few steps of everything: that it runs, not that it learns")
+    given = parser.parse_args(arguments)
+
+    from palign.recipes import quickstart
+
+    app.use_compilation_cache()
+    chosen = quickstart.FULL if given.full else quickstart.SMOKE if given.smoke else quickstart.DEMO
+    quickstart.quickstart(pathlib.Path(given.workdir), chosen)
+
+
+if __name__ == "__main__":
+    raise SystemExit(app.run(main))
