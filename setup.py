@@ -26,7 +26,7 @@ TRAIN = [
 
 NOTEBOOKS = ["ipykernel>=6.29", "nbmake>=1.5.5", "nbformat>=5.10"]
 
-TEST = TRAIN + NOTEBOOKS + ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "beartype>=0.22"]
+TEST = [*TRAIN, *NOTEBOOKS, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "beartype>=0.22"]
 
 setup(
     name="palign-jax",
@@ -42,7 +42,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "test": TEST,
-        "dev": TEST + ["ruff>=0.12", "mypy>=1.15"],
+        "dev": [*TEST, "ruff>=0.12", "mypy>=1.15"],
         "tpu": ["jax[tpu]>=0.10.0"],
         "cuda12": ["jax[cuda12]>=0.10.0"],
         "cuda13": ["jax[cuda13]>=0.10.0"],

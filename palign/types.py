@@ -1,8 +1,8 @@
 """The values that pass between palign's parts.
 
-All are NamedTuples, so they are pytrees without this module importing jax: the data pipeline fills them with numpy arrays,
-the training step sees the same types as `jax.Array`s, and in a global batch every leaf has one more leading axis `A`
-(micro-batches).
+All are NamedTuples, so they are pytrees without this module importing jax: the data pipeline fills them with numpy
+arrays, the training step sees the same types as `jax.Array`s, and in a global batch every leaf has one more leading
+axis `A` (micro-batches).
 
 Letters used throughout palign:
     R rows, T tokens in a row, G trees (examples) in a row, K responses of an example, M targets in a row,
@@ -22,7 +22,8 @@ class Batch(NamedTuple):
     for tokens of response k, `position` restarts at the prompt's end in every branch. Targets are listed, not shifted:
     the hidden state at `target_source` predicts `target_token` for the response in `target_slot`.
 
-    A slot names a response inside its row: `1 + e * K + (k - 1)` for response k (1..K) of example e (0..G-1); 0 is padding.
+    A slot names a response inside its row: `1 + e * K + (k - 1)` for response k (1..K) of example e (0..G-1); 0 is
+    padding.
     """
 
     token: Array  # [R, T] int32

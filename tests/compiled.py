@@ -26,5 +26,7 @@ def largest_buffer(compiled) -> int:
 def collectives(compiled) -> list[Collective]:
     """Every collective and the shape of each of its results; a combined one counts once per result."""
     return [
-        Collective(kind, shape) for result, kind in COLLECTIVE.findall(compiled.as_text()) for shape in shapes_in(result)
+        Collective(kind, shape)
+        for result, kind in COLLECTIVE.findall(compiled.as_text())
+        for shape in shapes_in(result)
     ]

@@ -8,7 +8,7 @@ import tempfile
 FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
-import jax
+import jax  # noqa: E402
 
 CACHE = pathlib.Path(os.environ.get("PALIGN_TEST_CACHE", pathlib.Path(tempfile.gettempdir()) / "palign-test-cache"))
 

@@ -1,9 +1,9 @@
 """Attention over packed trees by block pairs, in plain XLA.
 
-A row is cut into blocks; the host lists the (query block, key block) pairs that the tree rule touches; this module walks
-the list in chunks with an online softmax and never forms a row-by-row matrix. The backward pass keeps only the output
-and the log-sum-exp and walks the same list. Work follows the number of listed pairs: the rows of a device are put into
-one list, padding last, and the loop's trip count is that list's length.
+A row is cut into blocks; the host lists the (query block, key block) pairs that the tree rule touches; this module
+walks the list in chunks with an online softmax and never forms a row-by-row matrix. The backward pass keeps only the
+output and the log-sum-exp and walks the same list. Work follows the number of listed pairs: the rows of a device are
+put into one list, padding last, and the loop's trip count is that list's length.
 
 Array layout inside: blocks [n, J, S, D] with n = rows x blocks, J key heads, S = (H / J) x block queries or block keys.
 """
@@ -43,7 +43,7 @@ class _Walk(NamedTuple):
 
     ids: Array  # [n, 3, block] position, group, branch
     pairs: Array  # [rows * N + chunk, 2] blocks counted through the rows, padding last
-    count: Array  # []
+    num_pairs: Array  # []
 
 
 def attend(
@@ -137,7 +137,7 @@ def _forward_rows(static, query, key, value, tokens, window):
 
 
 def _backward_rows(static, query, key, value, tokens, window, output, lse, cotangent):
-    rows, length, heads, _ = query.shape
+    rows, length = query.shape[:2]
     walk, block = _make_walk(static, tokens)
     q, k, v, out, dout = (_to_blocks(x, block, key.shape[2]) for x in (query, key, value, output, cotangent))
     lse = lse.reshape(q.shape[:3])
@@ -193,14 +193,14 @@ def _block_size(length, capacity):
 
 
 def _trips(static, walk):
-    return (walk.count + static.chunk - 1) // static.chunk
+    return (walk.num_pairs + static.chunk - 1) // static.chunk
 
 
 def _chunk(static, walk, i, window, groups):
     """The i-th chunk: its blocks, which entries start a query block's run, and which (query, key) are allowed."""
     pairs = jax.lax.dynamic_slice_in_dim(walk.pairs, i * static.chunk, static.chunk)
     queries, keys = pairs[:, 0], pairs[:, 1]
-    live = i * static.chunk + jnp.arange(static.chunk) < walk.count
+    live = i * static.chunk + jnp.arange(static.chunk) < walk.num_pairs
     first = jnp.concatenate([jnp.ones(1, bool), queries[1:] != queries[:-1]])
     (position_q, group_q, branch_q), (position_k, group_k, branch_k) = (
         tuple(walk.ids[which, j] for j in range(3)) for which in (queries, keys)

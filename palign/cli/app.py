@@ -1,5 +1,6 @@
 """What every command shares: one line per error, exit codes, and a compilation cache."""
 
+import argparse
 import os
 import pathlib
 import sys
@@ -31,7 +32,13 @@ def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | Non
     except Exception as error:
         if type(error).__name__ == "TrainingDivergedError":
             return _fail(str(error), NOT_FINITE, debug)
-        return _fail(f"{type(error).__name__}: {error} (a fault of palign's: --debug shows where)", INTERNAL_ERROR, debug)
+        message = f"{type(error).__name__}: {error} (a fault of palign's: --debug shows where)"
+        return _fail(message, INTERNAL_ERROR, debug)
+
+
+def parser(name: str, doc: str) -> argparse.ArgumentParser:
+    """A parser described by the first line of the command's docstring."""
+    return argparse.ArgumentParser(prog=name, description=doc.splitlines()[0], allow_abbrev=False)
 
 
 def use_compilation_cache() -> None:

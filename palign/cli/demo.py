@@ -1,9 +1,8 @@
 """The quick start: train, compare and improve a small language model on a CPU, and look at the report.
 
-    python -m palign.cli.demo --workdir=runs/demo
+python -m palign.cli.demo --workdir=runs/demo
 """
 
-import argparse
 import pathlib
 from collections.abc import Sequence
 
@@ -12,11 +11,11 @@ from palign.cli import app
 
 def main(arguments: Sequence[str]) -> None:
     """Parses the command line and runs the quick start."""
-    parser = argparse.ArgumentParser(prog="palign.cli.demo", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = app.parser("palign.cli.demo", __doc__)
     parser.add_argument("--workdir", default="runs/demo")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="more steps and IPO besides")
-    size.add_argument("--smoke", action="store_true", help="a few steps of everything: that it runs, not that it learns")
+    size.add_argument("--smoke", action="store_true", help="a few steps of everything, to see that it runs")
     given = parser.parse_args(arguments)
 
     from palign.recipes import quickstart

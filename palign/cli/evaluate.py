@@ -1,9 +1,8 @@
 """Evaluate a run's checkpoint on records: the metrics of its objective, each example counted once.
 
-    python -m palign.cli.evaluate --workdir=runs/dpo@best --data=heldout.jsonl
+python -m palign.cli.evaluate --workdir=runs/dpo@best --data=heldout.jsonl
 """
 
-import argparse
 from collections.abc import Sequence
 
 from palign.cli import app
@@ -11,7 +10,7 @@ from palign.cli import app
 
 def main(arguments: Sequence[str]) -> None:
     """Parses the command line and prints the metrics."""
-    parser = argparse.ArgumentParser(prog="palign.cli.evaluate", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = app.parser("palign.cli.evaluate", __doc__)
     parser.add_argument("--workdir", required=True, help="of a run; @STEP, @last or @best behind it")
     parser.add_argument("--data", default="", help="a data file; by default the run's own held-out sets")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

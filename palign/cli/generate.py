@@ -1,9 +1,8 @@
 """Sample from a run's model.
 
-    python -m palign.cli.generate --workdir=runs/dpo --prompt="Once upon a time" --samples=3
+python -m palign.cli.generate --workdir=runs/dpo --prompt="Once upon a time" --samples=3
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from palign.cli import app
 
 def main(arguments: Sequence[str]) -> None:
     """Parses the command line and prints samples."""
-    parser = argparse.ArgumentParser(prog="palign.cli.generate", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = app.parser("palign.cli.generate", __doc__)
     parser.add_argument("--workdir", required=True, help="of a run; @STEP, @last or @best behind it")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts", default="", help="a data file whose prompts are used")
@@ -29,7 +28,8 @@ def main(arguments: Sequence[str]) -> None:
 
     from palign.data.readers import read_records
 
-    prompts = given.pop("prompt") + [r.prompt for r in (read_records(p)[0] if (p := given.pop("prompts")) else [])]
+    prompts, file = given.pop("prompt"), given.pop("prompts")
+    prompts += [record.prompt for record in read_records(file)[0]] if file else []
     if not prompts:
         raise ValueError("no prompt: give --prompt=TEXT or --prompts=FILE")
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
             print(json.dumps(record, ensure_ascii=False))
             continue
         for sample in samples:
-            sys.stdout.write(f"{prompt}\033[1m{sample.text}\033[0m\n" if sys.stdout.isatty() else f"{prompt}{sample.text}\n")
+            print(f"{prompt}\033[1m{sample.text}\033[0m" if sys.stdout.isatty() else prompt + sample.text)
 
 
 if __name__ == "__main__":

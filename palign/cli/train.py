@@ -1,11 +1,10 @@
 """Train what a config describes: one run, or the stages of a recipe.
 
-    python -m palign.cli.train --config=configs/dpo.py --config.data.path=pairs.jsonl --workdir=runs/dpo
+python -m palign.cli.train --config=configs/dpo.py --config.data.path=pairs.jsonl --workdir=runs/dpo
 
 Any setting is overridden by `--config.key.key=value`. The same command again goes on where it was stopped.
 """
 
-import argparse
 import pathlib
 from collections.abc import Sequence
 
@@ -14,7 +13,7 @@ from palign.cli import app
 
 def main(arguments: Sequence[str]) -> None:
     """Parses the command line and trains."""
-    parser = argparse.ArgumentParser(prog="palign.cli.train", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = app.parser("palign.cli.train", __doc__)
     parser.add_argument("--config", required=True, help="a Python file with get_config()")
     parser.add_argument("--workdir", required=True, help="where checkpoints, metrics and logs go")
     parser.add_argument("--stage", default="", help="run one stage of a recipe")

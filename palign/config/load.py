@@ -20,7 +20,7 @@ import ml_collections
 
 from palign.config.schema import ObjectiveConfig, Recipe, RunConfig
 
-FREE_KEYS = {ObjectiveConfig: "hyper"}  # classes with a field that takes every key which is not a field
+FREE_KEYS: dict[Any, str] = {ObjectiveConfig: "hyper"}  # classes with a field that takes every key which is not a field
 
 
 def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -105,6 +105,12 @@ def _apply(config: dict[str, Any], override: str) -> None:
     if not separator:
         raise ValueError(f"--config.{override}: expected --config.key=value")
     *parents, last = key.split(".")
+    if parents[:1] == ["stages"]:  # a slip would otherwise be one more stage
+        stage, stages = (*parents, last)[1], config.get("stages") or {}
+        if stage not in stages:
+            near = difflib.get_close_matches(stage, list(stages), n=1)
+            hint = _did_you_mean(near) or "; there are " + (", ".join(stages) or "none")
+            raise ValueError(f"--config.{key}: no stage {stage!r}{hint}")
     for depth, parent in enumerate(parents):
         config = config.setdefault(parent, {})
         if not isinstance(config, dict):
@@ -144,7 +150,8 @@ def _resolve(cls: type, given: Any, key: str) -> Any:
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else _resolve(typing.cast(type, hint), value, key)
+        cls = typing.cast(type, hint)
+        return value if isinstance(value, cls) else _resolve(cls, value, key)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
         return None if value is None else _convert(arguments[0], value, key)
@@ -155,7 +162,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return {name: _convert(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is not bool and isinstance(value, bool) or not isinstance(value, origin or hint):
+    if (hint is not bool and isinstance(value, bool)) or not isinstance(value, origin or hint):
         expected = "a number" if hint is float else getattr(hint, "__name__", str(hint))
         raise ValueError(f"{key} = {value!r}: expected {expected}")
     return value

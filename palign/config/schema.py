@@ -41,6 +41,13 @@ class RopeScaling:
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
 
+    def __post_init__(self) -> None:
+        """Checks ranges and their order."""
+        _positive("model.rope_scalings", self, "factor", "low_frequency_factor", "high_frequency_factor")
+        _not_negative("model.rope_scalings", self, "original_length")
+        key, low, high = "high_frequency_factor", self.low_frequency_factor, self.high_frequency_factor
+        _require(high > low, f"model.rope_scalings.{key}", high, f"above low_frequency_factor = {low}")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -97,6 +104,9 @@ class ModelConfig:
         _require(self.head_width % 2 == 0, "model.head_dim", self.head_width, "an even number (rotary halves)")
         for name in ("windows", "rope_bases", "rope_scalings"):
             _require(len(getattr(self, name)) > 0, f"model.{name}", getattr(self, name), "at least one entry")
+        _require(min(self.windows) >= 0, "model.windows", self.windows, "numbers of positions, 0 = unlimited")
+        positive = all(math.isfinite(base) and base > 0 for base in self.rope_bases)
+        _require(positive, "model.rope_bases", self.rope_bases, "numbers above 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,8 +209,8 @@ class OptimizerConfig:
         _not_negative("optimizer", self, "weight_decay", "floor", "b1", "b2")
         if (self.warmup_steps is None) == (self.warmup_ratio is None):
             raise ValueError(
-                f"config.optimizer: warmup_steps = {self.warmup_steps}, warmup_ratio = {self.warmup_ratio}: set exactly "
-                "one and the other to None"
+                f"config.optimizer: warmup_steps = {self.warmup_steps}, warmup_ratio = {self.warmup_ratio}: set "
+                "exactly one and the other to None"
             )
         _not_negative("optimizer", self, "warmup_steps" if self.warmup_ratio is None else "warmup_ratio")
 

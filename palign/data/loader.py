@@ -1,7 +1,7 @@
 """The data of a run as a pure function of the step, and an iterator over it that reads ahead."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import grain
@@ -77,7 +77,7 @@ class Dataset:
 
 def batches(
     dataset: Dataset, *, start_step: int, micro_batches: int, rows: slice = slice(None), read_ahead: int = 2
-) -> Iterator[tuple[int, Batch]]:
+) -> Generator[tuple[int, Batch]]:
     """Yields (step, batch) from a step on, built ahead of time by Grain's threads.
 
     Grain maps step numbers to batches; order, epochs and sharding are the plan's and `rows`' business.

@@ -60,5 +60,3 @@ def ranked_right(logps: Sequence[np.ndarray], scores: Sequence[Sequence[float]])
         np.asarray([lp[s.argmax()] for lp, s in kept]),
         np.asarray([lp[s.argmin()] for lp, s in kept]),
     )
-
-

@@ -65,14 +65,8 @@ def make_sampler(
         unembedding = lm.unembed(params)
         hidden, cache = lm.prefill(params, token, length, samples=samples, capacity=max_new_tokens)
         shape = (token.shape[0], samples)
-        empty = Samples(
-            jnp.zeros((*shape, max_new_tokens), jnp.int32),
-            jnp.zeros(shape, jnp.int32),
-            jnp.zeros(shape, bool),
-            jnp.zeros(shape, jnp.float32),
-        )
         hidden = jnp.broadcast_to(hidden[:, None], (*shape, hidden.shape[-1]))
-        carry = _Carry(jnp.zeros((), jnp.int32), hidden, cache, empty, key)
+        carry = _Carry(jnp.zeros((), jnp.int32), hidden, cache, _nothing(*shape, max_new_tokens), key)
 
         def go_on(carry):
             return (carry.step < max_new_tokens) & ~jnp.all(carry.samples.finished)
@@ -119,6 +113,12 @@ def cut_logits(logits: Float[Array, "*batch V"], *, top_k: int, top_p: float) ->
         edge = jnp.min(jnp.where(before < top_p, falling, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits >= edge, logits, PADDED_LOGIT)
     return logits
+
+
+def _nothing(B: int, K: int, N: int) -> Samples:
+    return Samples(
+        jnp.zeros((B, K, N), jnp.int32), jnp.zeros((B, K), jnp.int32), jnp.zeros((B, K), bool), jnp.zeros((B, K))
+    )
 
 
 def _append(samples: Samples, step, chosen, logits, eos_id: int) -> Samples:

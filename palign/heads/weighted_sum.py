@@ -31,8 +31,8 @@ def weighted_sum(
     """Sums `weights * function(token, logits, *frozen_logits)` over all listed targets.
 
     Args:
-        function: as in `target_values`, but it returns a pair: the values `[c]` to be summed, and a tree of arrays `[c]`
-            that are only reported (may be empty).
+        function: as in `target_values`, but it returns a pair: the values `[c]` to be summed, and a tree of arrays
+            `[c]` that are only reported (may be empty).
         weights: `[R, M]`, known beforehand (no gradient), for instance 1 / |y|.
         towers: the differentiated model first, then frozen ones.
         batch: its target table is read.

@@ -1,4 +1,6 @@
-"""The parts of the decoder. Inside, suffixes name the axes: R rows, T tokens, D width, H heads, J key heads, E head width.
+"""The parts of the decoder.
+
+Suffixes name the axes: R rows, T tokens, D width, H heads, J key heads, E head width, F feed-forward width.
 
 Parameters are plain arrays without partition boxes; which mesh axis cuts them is decided from their path
 (`palign.sharding.rules`). A cut weight is gathered explicitly, in the compute dtype, where it is used.

@@ -33,8 +33,8 @@ class LanguageModel(NamedTuple):
         init: `(key) -> params`.
         hidden: `(params, batch) -> [R, T, D]`, under the tree rule; padding positions hold unspecified finite values.
         unembed: `(params) -> Unembedding`.
-        prefill: `(params, token [B, P], length [B], *, samples, capacity) -> (hidden [B, D], cache)`: the prompts, right
-            padded, computed once; the hidden state of each one's last token.
+        prefill: `(params, token [B, P], length [B], *, samples, capacity) -> (hidden [B, D], cache)`: the prompts,
+            right-padded, computed once; the hidden state of each one's last token.
         decode_step: `(params, cache, token [B, K]) -> (hidden [B, K, D], cache)`: one more token of every sample.
     """
 

@@ -99,6 +99,7 @@ def _at_lists(by_slot: Array, batch: Batch) -> Array:
 
 def _sums(forward: Forward, batch: Batch) -> tuple[Array, Array]:
     """Sequence log-probabilities of policy and reference, by slot."""
+    assert forward.tokens is not None and forward.reference_logps is not None  # `Method` says that it reads them
     return sum_by_slot(forward.tokens.logps, batch), sum_by_slot(forward.reference_logps, batch)
 
 

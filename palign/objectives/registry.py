@@ -106,12 +106,7 @@ def make_objective(
     Raises:
         ValueError: unknown names, wrong number of weights, a hyper-parameter without effect.
     """
-    weights = [1.0] * len(loss_type) if loss_weights is None else list(loss_weights)
-    if len(weights) != len(loss_type) or len(set(loss_type)) != len(loss_type) or not loss_type:
-        raise ValueError(
-            f"config.objective: loss_type has {len(loss_type)} methods, loss_weights {len(weights)}; "
-            "name each method once and give it one weight"
-        )
+    weights = _pair_weights(loss_type, loss_weights)
     methods = resolve_methods(loss_type, hyper or {})
     frozen, reference = roles_read(loss_type)
     logps = any(method.logps for _, method, _ in methods)
@@ -127,7 +122,7 @@ def make_objective(
     def loss(params, aux, batch: Batch) -> Terms:
         forward = run_forward(lm, params, aux, batch, logps=logps, reference=reference, frozen=frozen, chunk=chunk)
         terms: dict[str, Array] = {}
-        metrics: dict[str, Mean] = token_metrics(forward.tokens, batch) if logps else {}
+        metrics: dict[str, Mean] = token_metrics(forward.tokens, batch) if forward.tokens else {}
         for name, method, given in methods:
             terms[name], more = method.term(method, forward, batch, given)
             metrics |= {key: value for key, value in more.items() if key not in metrics}
@@ -136,7 +131,17 @@ def make_objective(
         return Terms(terms, jax.tree.map(jax.lax.stop_gradient, metrics))
 
     live = frozenset() if cached_reference or not reference else frozenset({REFERENCE})
-    return Objective(dict(zip(loss_type, weights, strict=True)), frozen | live, counts, loss)
+    return Objective(weights, frozen | live, counts, loss)
+
+
+def _pair_weights(names: Sequence[str], weights: Sequence[float] | None) -> dict[str, float]:
+    weights = [1.0] * len(names) if weights is None else list(weights)
+    if len(weights) != len(names) or len(set(names)) != len(names) or not names:
+        raise ValueError(
+            f"config.objective: loss_type has {len(names)} methods ({', '.join(names)}), loss_weights {len(weights)}; "
+            "name each method once and give it one weight"
+        )
+    return dict(zip(names, weights, strict=True))
 
 
 def total_loss(objective: Objective, terms: Mapping[str, Array], counts: Mapping[str, Array]) -> Array:

@@ -56,9 +56,8 @@ def quickstart(workdir: pathlib.Path, size: Size = DEMO) -> pathlib.Path:
     for number, (name, config) in enumerate(preference_configs(workdir, size).items(), start=3):
         places[name] = workdir / f"{number:02d}-{name}"
         run(resolve_run(config), places[name])
-    scores = score_models(
-        workdir, {name: places[name] for name in ("sft", *size.methods)}, heldout[: size.heldout_prompts], MAX_NEW_TOKENS
-    )
+    compared = {name: places[name] for name in ("sft", *size.methods)}
+    scores = score_models(workdir, compared, heldout[: size.heldout_prompts], MAX_NEW_TOKENS)
     return write(workdir, places, scores)
 
 
@@ -79,7 +78,11 @@ def sft_config(workdir: pathlib.Path, size: Size) -> dict[str, Any]:
         data={"path": str(workdir / "data" / "sft.jsonl"), "eval_fraction": 0.02},
         objective={"loss_type": ["sft"]},
         optimizer={"learning_rate": 4e-3, "weight_decay": 0.1},
-        train={"max_steps": size.sft_steps, "eval_every": max(size.sft_steps // 8, 1), "checkpoint_every": size.sft_steps},
+        train={
+            "max_steps": size.sft_steps,
+            "eval_every": max(size.sft_steps // 8, 1),
+            "checkpoint_every": size.sft_steps,
+        },
     )
 
 

@@ -83,7 +83,7 @@ def make_report(places: Mapping[str, pathlib.Path], scores: Mapping[str, Scores]
             for i in range(min(SHOWN, len(scores["sft"].texts)))
         ],
         notes=[
-            "KL is the sum over a response's tokens of KL(policy ‖ SFT), exact at each token, on the policy's own samples.",
+            "KL is the sum over a response's tokens of KL(policy ‖ SFT), exact at each token, on the policy's samples.",
             "A draw counts half a win. 'SFT again' is the SFT model's other samples: what no improvement looks like.",
             "'ranks right': of two SFT samples the one with more gold reward has the higher log-probability.",
         ],
@@ -108,11 +108,11 @@ def _output(prompt: str, text: str) -> Output:
 
 def _curves(places: Mapping[str, pathlib.Path]) -> dict:
     """What each stage learned: SFT's loss, the preference methods' held-out accuracy and margin, the divergence."""
-    lines = {LABELS[name]: read_metrics(place) for name, place in places.items()}
+    lines = {name: read_metrics(place) for name, place in places.items()}
 
     def series(metric: str, only: tuple[str, ...]) -> dict:
-        found = {LABELS[name]: [(x["step"], x[metric]) for x in lines.get(LABELS[name], ()) if metric in x] for name in only}
-        return {label: tuple(zip(*points, strict=True)) for label, points in found.items() if points}
+        found = {name: [(x["step"], x[metric]) for x in lines.get(name, ()) if metric in x] for name in only}
+        return {LABELS[name]: tuple(zip(*points, strict=True)) for name, points in found.items() if points}
 
     ranked = ("dpo", "ipo", "lipo")
     panels = {

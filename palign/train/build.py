@@ -88,8 +88,8 @@ def _check_rows(config: RunConfig, mesh: Mesh) -> None:
     shards, rows = num_row_shards(mesh), config.data.rows_per_step // config.data.micro_batches
     if rows % shards:
         raise ValueError(
-            f"config.data.rows_per_step = {config.data.rows_per_step} in {config.data.micro_batches} micro-batches gives "
-            f"{rows} rows, which {shards} devices (config.mesh) cannot share evenly; use a multiple of "
+            f"config.data.rows_per_step = {config.data.rows_per_step} in {config.data.micro_batches} micro-batches "
+            f"gives {rows} rows, which {shards} devices (config.mesh) cannot share evenly; use a multiple of "
             f"{shards * config.data.micro_batches}"
         )
 

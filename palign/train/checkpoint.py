@@ -1,7 +1,8 @@
 """Checkpoints through Orbax: the state, the run's facts, and weights alone for those who only read them.
 
-A step holds two items, `params` and `rest` (step counter and optimizer), and JSON facts of the run: what the data is and
-the resolved config; where the data stands is the step itself. Orbax commits a step atomically; the newest `keep` steps stay, and the best one by a named metric.
+A step holds two items, `params` and `rest` (step counter and optimizer), and JSON facts of the run: what the data is
+and the resolved config; where the data stands is the step itself. Orbax commits a step atomically; the newest `keep`
+steps stay, and the best one by a named metric.
 """
 
 import json
@@ -68,15 +69,19 @@ class Checkpoints:
             metrics: of the last evaluation; where `best_metric` is not among them the step cannot become the best.
         """
         ranked = {self._metric: metrics[self._metric]} if self._metric in metrics else None
-        items = {"params": state.params, "rest": state._replace(params=None)}
+        items = _items(state)
         self._orbax.save_checkpointables_async(int(state.step), items, metrics=ranked, custom_metadata=dict(run))
 
     def restore(self, shapes: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Loads the newest step into the places that `shapes` (with shardings) gives."""
-        target = {"params": shapes.params, "rest": shapes._replace(params=None)}
-        items = self._orbax.load_checkpointables(self.steps[-1], target)
+        items = self._orbax.load_checkpointables(self.steps[-1], _items(shapes))
         facts = self._orbax.checkpointables_metadata(self.steps[-1]).custom_metadata
         return items["rest"]._replace(params=items["params"]), dict(facts)
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """Weights apart, so that they can be read without the rest."""
+    return {"params": state.params, "rest": state._replace(params={})}
 
 
 def load_params(workdir: pathlib.Path, which: str, shapes: Any) -> Any:

@@ -27,8 +27,8 @@ def evaluate_run(name: str, path: str = "") -> dict[str, float]:
     workdir = pathlib.Path(place)
     config = read_config(workdir)
     if path:
-        data = dataclasses.replace(config.data, path=path, eval_fraction=0.0, eval_paths={"data": path}, limit=0)
-        config = dataclasses.replace(config, data=data)
+        only = dataclasses.replace(config.data, path=path, eval_fraction=0.0, eval_paths={"data": path}, limit=0)
+        config = dataclasses.replace(config, data=only)
     tokenizer = load_tokenizer(workdir)
     data = prepare(config, workdir, None)
     assert data.tokenizer.fingerprint() == tokenizer.fingerprint()

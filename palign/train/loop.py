@@ -1,4 +1,4 @@
-"""One run: prepare, restore or begin, train, evaluate, checkpoint. A finished run is left alone, an unfinished resumes."""
+"""One run: build, restore or begin, train, evaluate, checkpoint; a finished one is left alone, another goes on."""
 
 import json
 import pathlib
@@ -116,7 +116,7 @@ def _report(made, step, metrics, examples, rate, writer, progress) -> None:
         ids = sorted({int(i) for i in examples.reshape(-1) if i >= 0})
         raise TrainingDivergedError(
             f"{made.workdir.name}: loss or gradient not finite at step {step} (examples {ids[:20]}); parameters are "
-            f"those of step {step - int(values['nonfinite'])}. Lower config.optimizer.learning_rate, or look at the data"
+            f"those of step {step - int(values['nonfinite'])}. Lower config.optimizer.learning_rate or look at the data"
         )
 
 

@@ -128,7 +128,9 @@ def test_a_pair_that_is_missing_from_the_list_shows():
 
 def test_the_loops_run_as_often_as_pairs_are_listed_whatever_the_capacity(monkeypatch):
     trips = []
-    monkeypatch.setattr(jax.lax, "fori_loop", lambda start, stop, body, carry: (trips.append(int(stop) - start), carry)[1])
+    monkeypatch.setattr(
+        jax.lax, "fori_loop", lambda start, stop, body, carry: (trips.append(int(stop) - start), carry)[1]
+    )
     static = xla._Static(0.25, None, 8)
     query, key, value, cotangent = (x[:2] for x in random_arrays(np.random.default_rng(5)))
     for used in (1, T):

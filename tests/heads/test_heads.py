@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from palign import losses
-from palign.heads import targets, target_values as target_values_module, weighted_sum as weighted_sum_module
+from palign.heads import target_values as target_values_module
+from palign.heads import targets
+from palign.heads import weighted_sum as weighted_sum_module
 from palign.heads.target_values import logp_at_targets, target_logps, target_values, token_values, values_at_targets
 from palign.heads.targets import Tower
 from palign.heads.weighted_sum import weighted_sum
@@ -248,16 +250,19 @@ def test_fused_aligndistil_equals_the_dense_one():
     plain_batch, hidden, kernels = plain()
     mask = plain_batch.branch > 0
     weights = jnp.broadcast_to(1.0 / mask.sum(-1, keepdims=True), plain_batch.target_slot.shape)
+    frozen = list(zip(hidden[1:], kernels[1:], strict=True))
 
     def by_head(x, w):
-        towers = tuple(Tower(h, Unembedding(k, None, VOCAB)) for h, k in zip((x, *hidden[1:]), (w, *kernels[1:])))
+        towers = tuple(Tower(h, Unembedding(k, None, VOCAB)) for h, k in ((x, w), *frozen))
         function = lambda token, *logits: (losses.aligndistil(*logits), ())
         return weighted_sum(function, weights, towers, plain_batch, chunk=5)[0]
 
     def by_logits(x, w):
-        return losses.dense.aligndistil(x @ w, *(h @ k for h, k in zip(hidden[1:], kernels[1:])), mask).sum()
+        return losses.dense.aligndistil(x @ w, *(h @ k for h, k in frozen), mask).sum()
 
-    got, expected = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(hidden[0], kernels[0]) for f in (by_head, by_logits))
+    got, expected = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(hidden[0], kernels[0]) for f in (by_head, by_logits)
+    )
     assert largest_difference(got, expected) < 5e-6
 
 

@@ -74,9 +74,7 @@ def activation(config, x):
 
 
 def layer_params(params, layer):
-    return {
-        name: layer_params(leaf, layer) if isinstance(leaf, dict) else leaf[layer] for name, leaf in params.items()
-    }
+    return {name: layer_params(leaf, layer) if isinstance(leaf, dict) else leaf[layer] for name, leaf in params.items()}
 
 
 def forward(config, params, token, position, group, branch):

@@ -88,7 +88,8 @@ def expected(config):
     """The same by the NumPy decoder, rows stacked."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), random_params(config))
     ids = [np.asarray(x) for x in (batch().token, batch().position, batch().group, batch().branch)]
-    return [np.stack(x) for x in zip(*(numpy_decoder.forward(config, params, *row) for row in zip(*ids)))]
+    made = [numpy_decoder.forward(config, params, *row) for row in zip(*ids, strict=True)]
+    return [np.stack(x) for x in zip(*made, strict=True)]
 
 
 def real(array):
@@ -180,7 +181,9 @@ def compiled_hidden():
     return jax.jit(make_language_model(UNTIED).hidden)
 
 
-@pytest.mark.parametrize("column", [8, 9, 10, 12, 20])  # a middle and a last token, a branch of one, the last, another tree
+@pytest.mark.parametrize(
+    "column", [8, 9, 10, 12, 20]
+)  # a middle and a last token, a branch of one, the last, another tree
 def test_a_changed_token_changes_only_what_may_see_it_and_that_bitwise(column):
     batch = one_row()
     group, branch, position = (np.asarray(x)[0] for x in (batch.group, batch.branch, batch.position))
@@ -281,5 +284,5 @@ def test_auto_computes_in_float32_on_a_cpu():
 
 
 def test_a_model_without_a_vocabulary_is_an_error():
-    with pytest.raises(ValueError, match="config.model.vocab_size: must be set"):
+    with pytest.raises(ValueError, match=r"config.model.vocab_size: must be set"):
         make_language_model(ModelConfig())

@@ -7,7 +7,7 @@ Run by hand, in an environment of its own; neither palign nor its tests need tor
 
 Everything is made here: random weights, a tokenizer of words, forty pairs of ragged lengths. Per run the files hold the
 weights before and after, the token ids of every step's pairs as TRL tokenised and ordered them, what TRL logged at
-every step (at full precision), the learning rate that each step used, and transformers' own log-probabilities at step 0.
+every step (at full precision), the learning rate of each step, and transformers' own log-probabilities at step 0.
 """
 
 import copy

@@ -48,7 +48,9 @@ def test_every_rule_is_used():
     assert used == {axes for _, axes in rules.PARAMETER_AXES}
 
 
-@pytest.mark.parametrize("name", ["layers/attention/query/kernal", "head/kernel", "layers/attention/query", "xembedding"])
+@pytest.mark.parametrize(
+    "name", ["layers/attention/query/kernal", "head/kernel", "layers/attention/query", "xembedding"]
+)
 def test_a_parameter_without_a_rule_is_an_error_that_names_it(name):
     with pytest.raises(ValueError, match=f"parameter '{name}' matches 0 rules of palign.sharding.rules.PARAMETER_AXES"):
         rules.logical_axes(name)
@@ -86,8 +88,8 @@ def test_a_parameter_of_another_rank_than_its_rule_is_an_error():
 
 @pytest.mark.parametrize(
     ("given", "shape"),
-    [({}, (8, 1)), (dict(fsdp=4), (2, 4)), (dict(data=2, fsdp=-1), (2, 4)), (dict(data=8), (8, 1)), (dict(data=1, fsdp=8), (1, 8))],
-)  # fmt: skip
+    [({}, (8, 1)), (dict(fsdp=4), (2, 4)), (dict(data=2, fsdp=-1), (2, 4)), (dict(data=1, fsdp=8), (1, 8))],
+)
 def test_a_mesh_infers_the_axis_that_is_left_open(given, shape):
     mesh = make_mesh(**given)
     assert tuple(mesh.shape.values()) == shape and mesh.axis_names == ("data", "fsdp")
@@ -99,7 +101,9 @@ def test_a_mesh_takes_the_devices_that_it_is_given():
     assert make_mesh(devices=jax.devices()[2:5]).devices.ravel().tolist() == jax.devices()[2:5]
 
 
-@pytest.mark.parametrize("given", [dict(data=3), dict(data=-1, fsdp=3), dict(data=2, fsdp=2), dict(data=16), dict(data=0)])
+@pytest.mark.parametrize(
+    "given", [dict(data=3), dict(data=-1, fsdp=3), dict(data=2, fsdp=2), dict(data=16), dict(data=0)]
+)
 def test_a_mesh_that_does_not_make_the_devices_is_an_error(given):
     with pytest.raises(ValueError, match=r"config.mesh: data=.*, fsdp=.* does not make 8 devices"):
         make_mesh(**given)

@@ -1,0 +1,37 @@
+# `make` lists the targets. They use .venv, which `make install` makes, or python3 where there is none;
+# `make PYTHON=/path/to/python TARGET` uses another.
+PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint types notebooks clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+install: ## make .venv (Python 3.11 or newer) and install palign with everything that tests need
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -e '.[dev]'
+
+demo: ## train, compare and improve a small model on a CPU; runs/demo/report.html
+	$(PYTHON) -m palign.cli.demo --workdir=runs/demo
+
+test: ## the tests and doctests, then the notebook
+	$(PYTHON) -m pytest -n 2 -m 'not slow'
+	$(MAKE) notebooks
+
+test-slow: ## the tests that are too slow for every change
+	$(PYTHON) -m pytest -n 2 -m slow
+
+lint: ## ruff: rules and format
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+types: ## mypy
+	$(PYTHON) -m mypy
+
+notebooks: ## run the notebooks, shortened
+	PALIGN_SMOKE=1 $(PYTHON) -m pytest --nbmake notebooks --nbmake-timeout=600
+
+clean: ## remove caches and build products; runs/ and .venv/ stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .jax_cache
+	find palign tests configs benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} +
