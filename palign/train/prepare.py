@@ -1,7 +1,6 @@
 """From a config to what a run works on: tokenizer, data sets, model size. What is cut or dropped is counted."""
 
 import dataclasses
-import functools
 import hashlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -131,19 +130,13 @@ def _plan(name: str, trees: list[TokenTree], shape: RowShape, config: RunConfig)
     data, train = config.data, config.train
     trees, counts = fit_trees(trees, shape, layout=data.layout, oversize=data.oversize, seed=data.seed)
     needs = row_needs(trees, layout=data.layout, pair_policy=data.pair_policy)
-    plan_of = functools.partial(plan_epochs, needs, shape, rows_per_step=data.rows_per_step)
-    if data.packing == "one_per_row":
-        plan_of = functools.partial(plan_padded, len(trees), examples_per_step=data.rows_per_step)
+    length = {"max_steps": train.max_steps} if train.max_steps else {"epochs": train.epochs}
     if name != "train":
         plan = plan_evaluation(needs, shape, rows_per_step=data.rows_per_step)
     elif data.packing == "one_per_row":
-        plan = plan_padded(
-            len(trees), examples_per_step=data.rows_per_step, seed=data.seed, epochs=epochs, max_steps=max_steps
-        )
+        plan = plan_padded(len(trees), examples_per_step=data.rows_per_step, seed=data.seed, **length)
     else:
-        plan = plan_epochs(
-            needs, shape, rows_per_step=data.rows_per_step, seed=data.seed, epochs=epochs, max_steps=max_steps
-        )
+        plan = plan_epochs(needs, shape, rows_per_step=data.rows_per_step, seed=data.seed, **length)
     fill = fill_ratio(plan, needs, shape)
     say(f"{name}: {plan.num_steps} steps of {data.rows_per_step} rows, {fill:.0%} full {_counted(counts)}".rstrip())
     return Dataset(trees, shape, plan, data.pair_policy, data.layout, data.seed)
