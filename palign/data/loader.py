@@ -2,13 +2,13 @@
 
 import hashlib
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grain
 import numpy as np
 
 from palign.data.pack import RowShape, pack_row, stack_rows
-from palign.data.plan import Plan
+from palign.data.plan import Plan, plan_evaluation, row_needs
 from palign.data.tokenize import TokenTree
 from palign.types import Batch
 
@@ -39,6 +39,11 @@ class Dataset:
     def num_steps(self) -> int:
         """Steps of the run."""
         return self.plan.num_steps
+
+    def once(self) -> "Dataset":
+        """Returns the same data planned unshuffled, each example once: for evaluation and for caches."""
+        needs = row_needs(self.trees, layout=self.layout, pair_policy=self.pair_policy)
+        return replace(self, plan=plan_evaluation(needs, self.shape, rows_per_step=self.plan.rows_per_step))
 
     def row(self, index: int) -> Batch:
         """Returns row `index` of the plan, without the axis R; an empty row beyond the last."""

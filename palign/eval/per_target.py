@@ -10,7 +10,6 @@ from jax.sharding import Mesh, NamedSharding
 
 from palign.data.loader import Dataset, batches
 from palign.data.pack import split_targets
-from palign.data.plan import plan_evaluation, row_needs
 from palign.sharding.mesh import SHARED, row_sharding, to_global
 from palign.types import Array, Batch
 
@@ -35,8 +34,7 @@ def per_target(
     Returns:
         For each example, one array for each of its responses, one number a token.
     """
-    needs = row_needs(dataset.trees, layout=dataset.layout, pair_policy=dataset.pair_policy)
-    plan = plan_evaluation(needs, dataset.shape, rows_per_step=dataset.plan.rows_per_step)
+    once = dataclasses.replace(dataset.once(), reference_logps=None)
     rows, whole = row_sharding(mesh, axis=1), NamedSharding(mesh, SHARED)
     compiled = jax.jit(
         lambda params, batch: function(params, jax.tree.map(lambda x: x[0], batch)),
@@ -44,21 +42,14 @@ def per_target(
         out_shardings=whole,
     )
     values: list[Any] = [None] * len(dataset.trees)
-    once = dataclasses.replace(dataset, plan=plan, reference_logps=None)
     with jax.set_mesh(mesh):
         for step, batch in batches(once, start_step=0, micro_batches=1):
             result = np.asarray(compiled(params, to_global(mesh, batch)))
-            for r in range(plan.rows_per_step):
+            for r in range(once.plan.rows_per_step):
                 row = jax.tree.map(lambda x, r=r: x[0, r], batch)
-                members = plan.row(step * plan.rows_per_step + r)
+                members = once.plan.row(step * once.plan.rows_per_step + r)
                 for member, numbers in zip(members, split_targets(row, result[r]), strict=True):
                     values[member] = numbers
             if advance is not None:
                 advance(step + 1, float((batch.group > 0).sum()))
     return values
-
-
-def num_steps(dataset: Dataset) -> int:
-    """How many steps `per_target` takes."""
-    needs = row_needs(dataset.trees, layout=dataset.layout, pair_policy=dataset.pair_policy)
-    return plan_evaluation(needs, dataset.shape, rows_per_step=dataset.plan.rows_per_step).num_steps

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from palign.data.loader import Dataset, fingerprint
-from palign.eval.per_target import num_steps, per_target
+from palign.eval.per_target import per_target
 from palign.heads.target_values import target_logps
 from palign.models.protocol import LanguageModel
 from palign.train.metrics import Reporter
@@ -57,5 +57,5 @@ def _compute(dataset, name, lm, params, mesh, chunk):
     def logps(params, batch: Batch):
         return target_logps(lm.hidden(params, batch), lm.unembed(params), batch, chunk=chunk)
 
-    with Reporter(f"reference of {name}", num_steps(dataset)) as progress:
+    with Reporter(f"reference of {name}", dataset.once().num_steps) as progress:
         return per_target(dataset, logps, params, mesh, advance=progress.advance)
