@@ -36,8 +36,8 @@ class Size(NamedTuple):
     methods: tuple[str, ...]  # compared in the table; reverse DPO only serves AlignDistil
 
 
-DEMO = Size(200, 1024, 120, 120, 512, ("dpo", "lipo", "aligndistil"))
-FULL = Size(400, 1536, 300, 300, 768, ("dpo", "ipo", "lipo", "aligndistil"))
+DEMO = Size(200, 1536, 150, 120, 512, ("dpo", "lipo", "aligndistil"))
+FULL = Size(400, 1536, 400, 300, 768, ("dpo", "ipo", "lipo", "aligndistil"))
 SMOKE = Size(4, 16, 4, 4, 16, ("dpo", "lipo", "aligndistil"))
 
 
@@ -102,12 +102,12 @@ def preference_configs(workdir: pathlib.Path, size: Size) -> dict[str, dict[str,
             size.preference_steps, reference_from="sft", data=data, objective=objective, optimizer=optimizer
         )
 
-    distilled = {"loss_type": ["aligndistil"], "beta0": 0.1, "scale": 10.0}
+    distilled = {"loss_type": ["aligndistil"], "beta0": 0.5, "scale": 1.0}
     configs = {
-        "dpo": against_sft("dpo", pairs, 5e-4, beta=0.1),
-        "reverse": against_sft("dpo", pairs | {"records": "reversed"}, 5e-4, beta=0.1),
-        "ipo": against_sft("ipo", pairs, 5e-4, beta=0.1),
-        "lipo": against_sft("lipo_lambda", lists, 5e-4, beta=0.1),
+        "dpo": against_sft("dpo", pairs, 1e-3, beta=0.5),
+        "reverse": against_sft("dpo", pairs | {"records": "reversed"}, 1e-3, beta=0.5),
+        "ipo": against_sft("ipo", pairs, 1e-3, beta=0.5),
+        "lipo": against_sft("lipo_lambda", lists, 1e-3, beta=0.5),
         "aligndistil": preference(
             size.distillation_steps,
             teacher_from="dpo",
@@ -130,10 +130,12 @@ def sample_preferences(workdir: pathlib.Path, size: Size, prompts: list[str]) ->
     chosen = world.sample_prompts(rng, size.prompts, prompts)
     drawn = draw(load_run(str(workdir / "01-sft")), chosen, samples=SAMPLES, seed=1, title="02-sample")
     gold = [[world.gold_reward(p, s.text.strip()) for s in row] for p, row in zip(chosen, drawn, strict=True)]
-    scores = world.bradley_terry_ranking(rng, np.asarray(gold))
+    noisy = world.bradley_terry_ranking(rng, np.asarray(gold))
+    # LiPO's labels lie in [0, 1]: the share of the other responses that a response was preferred to.
+    scores = (noisy[:, :, None] > noisy[:, None, :]).sum(axis=2) / (SAMPLES - 1)
     lists = [
-        {"prompt": prompt, "responses": [s.text for s in row], "scores": noisy.tolist()}
-        for prompt, row, noisy in zip(chosen, drawn, scores, strict=True)
+        {"prompt": prompt, "responses": [s.text for s in row], "scores": ranked.tolist()}
+        for prompt, row, ranked in zip(chosen, drawn, scores, strict=True)
     ]
     _write_once(place / "pairs.jsonl", (_pair(record) for record in lists))
     _write_once(place / "lists.jsonl", lists)
