@@ -45,7 +45,9 @@ def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where or XDG_CACHE_HOME moves it."""
     import jax
 
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    # Read back from the cache (jax 0.10), a program of several CPU devices dead-locks in its collectives.
+    several_cpus = jax.default_backend() == "cpu" and jax.device_count() > 1
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and not several_cpus:
         home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "palign" / "xla"))
 

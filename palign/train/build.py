@@ -49,13 +49,14 @@ def build(config: RunConfig, workdir: pathlib.Path) -> tuple[Run, TrainState]:
         ValueError: bad config, data or sources; nothing was trained.
     """
     check_config(config)
+    check_same_config(config, workdir)
     sources = find_sources(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     data = prepare(config, workdir, next((source.workdir for source in sources.values()), None))
     config = with_vocabulary(config, data.tokenizer)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     _check_rows(config, mesh)
-    _keep_config(config, workdir)
+    (workdir / CONFIG).write_text(json.dumps(to_plain(config), indent=1))
     return assemble(config, workdir, mesh, data, sources)
 
 
@@ -65,21 +66,27 @@ def find_sources(config: RunConfig, workdir: pathlib.Path) -> dict[str, Source]:
     return {role: find_source(name, f"{role}_from", workdir) for role, name in named.items() if name}
 
 
-def _keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
-    """Writes the resolved config; a run that goes on must go on with the one it began with."""
-    plain, file = to_plain(config), workdir / CONFIG
-    if file.is_file() and (before := json.loads(file.read_text())) != json.loads(json.dumps(plain)):
+def check_same_config(config: RunConfig, workdir: pathlib.Path) -> None:
+    """A run that was begun goes on, or is left as it is, under the config that it began with.
+
+    Raises:
+        ValueError: the workdir holds a run of another config; names the first difference.
+    """
+    if not (workdir / CONFIG).is_file():
+        return
+    before, now = json.loads((workdir / CONFIG).read_text()), json.loads(json.dumps(to_plain(config)))
+    now["model"]["vocab_size"] = now["model"]["vocab_size"] or before["model"]["vocab_size"]  # 0: the tokenizer's
+    if before != now:
         raise ValueError(
-            f"{workdir}: began with another config ({_first_difference(before, plain)}); take the old value back, or "
+            f"{workdir}: began with another config ({_first_difference(before, now)}); take the old value back, or "
             "another --workdir"
         )
-    file.write_text(json.dumps(plain, indent=1))
 
 
 def _first_difference(before: Any, now: Any, key: str = "config") -> str:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != json.loads(json.dumps(now.get(name))):
+            if before.get(name) != now.get(name):
                 return _first_difference(before.get(name), now.get(name), f"{key}.{name}")
     return f"{key} was {before!r}, is {now!r}"
 

@@ -11,7 +11,7 @@ from palign.config.load import to_plain
 from palign.config.schema import RunConfig
 from palign.data.loader import batches, fingerprint
 from palign.sharding.mesh import to_global
-from palign.train.build import Run, build, evaluate
+from palign.train.build import Run, build, check_same_config, evaluate
 from palign.train.checkpoint import Checkpoints
 from palign.train.metrics import MetricWriter, Reporter, read_metrics, say, to_floats
 from palign.train.optimizer import learning_rate_schedule
@@ -41,6 +41,7 @@ def run(config: RunConfig, workdir: pathlib.Path) -> dict[str, float]:
         TrainingDivergedError: not finite for `config.train.stop_after_nonfinite` steps in a row.
     """
     if (workdir / FINISHED).is_file():
+        check_same_config(config, workdir)
         say(f"{workdir}: finished before, left as it is")
         return json.loads((workdir / FINISHED).read_text())["metrics"]
     made, state = build(config, workdir)
