@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
                     reference_from="sft",
                     objective=dict(loss_type=("lipo_lambda",), beta=0.05, reference="cached"),
                     optimizer=dict(learning_rate=1e-4, schedule="cosine", warmup_ratio=0.1),
-                    train=dict(epochs=2),
+                    train=dict(epochs=1),
                 ),
             ),
         )

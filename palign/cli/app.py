@@ -6,6 +6,7 @@ import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 USER_ERROR, INTERNAL_ERROR, NOT_FINITE = 2, 70, 77
 
@@ -27,7 +28,7 @@ def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | Non
         return 0
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from the last checkpoint", 130, debug)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
         return _fail(str(error), USER_ERROR, debug)
     except Exception as error:
         if type(error).__name__ == "TrainingDivergedError":
@@ -36,9 +37,14 @@ def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | Non
         return _fail(message, INTERNAL_ERROR, debug)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help lists the options")
+
+
 def parser(name: str, doc: str) -> argparse.ArgumentParser:
-    """A parser described by the first line of the command's docstring."""
-    return argparse.ArgumentParser(prog=name, description=doc.splitlines()[0], allow_abbrev=False)
+    """A parser described by the first line of the command's docstring; a slip is a `ValueError`."""
+    return _Parser(prog=name, description=doc.splitlines()[0], allow_abbrev=False)
 
 
 def use_compilation_cache() -> None:

@@ -60,6 +60,8 @@ def generate(
     Raises:
         ValueError: an empty prompt under a tokenizer without BOS, or a setting out of range.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size}: expected 1 or more")
     sampler = make_sampler(
         lm,
         samples=samples,

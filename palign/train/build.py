@@ -1,5 +1,6 @@
 """From a config to everything that a run works with: sources, data, model, objective, compiled steps."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 from palign.config.load import to_plain
 from palign.config.schema import RunConfig
 from palign.data.loader import Dataset, batches
+from palign.data.tokenizers import Tokenizer, load_tokenizer
 from palign.models.protocol import LanguageModel
 from palign.models.transformer import make_language_model
 from palign.objectives.base import REFERENCE, Objective
@@ -53,11 +55,13 @@ def build(config: RunConfig, workdir: pathlib.Path) -> tuple[Run, TrainState]:
     sources = find_sources(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     data = prepare(config, workdir, next((source.workdir for source in sources.values()), None))
+    _check_tokenizers(data.tokenizer, sources)
     config = with_vocabulary(config, data.tokenizer)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     _check_rows(config, mesh)
-    (workdir / CONFIG).write_text(json.dumps(to_plain(config), indent=1))
-    return assemble(config, workdir, mesh, data, sources)
+    made = assemble(config, workdir, mesh, data, sources)
+    (workdir / CONFIG).write_text(json.dumps(to_plain(config), indent=1))  # last: what was refused has not begun
+    return made
 
 
 def find_sources(config: RunConfig, workdir: pathlib.Path) -> dict[str, Source]:
@@ -89,6 +93,15 @@ def _first_difference(before: Any, now: Any, key: str = "config") -> str:
             if before.get(name) != now.get(name):
                 return _first_difference(before.get(name), now.get(name), f"{key}.{name}")
     return f"{key} was {before!r}, is {now!r}"
+
+
+def _check_tokenizers(tokenizer: Tokenizer, sources: Mapping[str, Source]) -> None:
+    for role, source in sources.items():
+        if load_tokenizer(source.workdir).fingerprint() != tokenizer.fingerprint():
+            raise ValueError(
+                f"config.{role}_from: {source.workdir} was trained with another tokenizer than this run uses; all "
+                "models of a run must share one: leave config.tokenizer.path empty, and name runs of one family"
+            )
 
 
 def _check_rows(config: RunConfig, mesh: Mesh) -> None:
@@ -146,6 +159,14 @@ def check_config(config: RunConfig) -> None:
         raise ValueError(f"config.{role}_from: must be set, {methods} reads it; name a stage or a run's workdir")
     for role in sorted(config.sources.keys() - reads):
         raise ValueError(f"config.{role}_from has no effect on {methods}; remove it")
+    model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 1)  # the tokenizer's, not known yet
+    make_objective(
+        make_language_model(model),
+        settings.loss_type,
+        loss_weights=settings.loss_weights,
+        hyper=settings.hyper,
+        cached_reference=settings.reference == "cached",
+    )
 
 
 def _with_cached_reference(config, workdir, mesh, lm, data: Prepared, source: Source) -> Prepared:

@@ -6,6 +6,7 @@ steps stay, and the best one by a named metric.
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -66,9 +67,10 @@ class Checkpoints:
         Args:
             state: the state.
             run: JSON values, for checks on resume.
-            metrics: of the last evaluation; where `best_metric` is not among them the step cannot become the best.
+            metrics: of this state; where a finite `best_metric` is not among them the step cannot become the best.
         """
-        ranked = {self._metric: metrics[self._metric]} if self._metric in metrics else None
+        value = metrics.get(self._metric, math.nan)
+        ranked = {self._metric: value} if math.isfinite(value) else None
         items = _items(state)
         self._orbax.save_checkpointables_async(int(state.step), items, metrics=ranked, custom_metadata=dict(run))
 

@@ -36,5 +36,8 @@ def evaluate_run(name: str, path: str = "") -> dict[str, float]:
     if not data.evals:
         raise ValueError(f"{workdir}: the run held nothing out; name a file with --data")
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    # Nothing is trained: neither where the policy began nor the schedule over these records matters.
+    optimizer = dataclasses.replace(config.optimizer, schedule="constant", warmup_steps=0, warmup_ratio=None)
+    config = dataclasses.replace(config, init_from="", optimizer=optimizer)
     made, _ = assemble(config, workdir, mesh, data, find_sources(config, workdir))
     return evaluate(made, load_source(Source(workdir, which or "last"), made.lm, mesh))

@@ -86,14 +86,14 @@ def _train(made: Run, state: TrainState, checkpoints: Checkpoints) -> dict[str, 
                 if pending:
                     _report(made, *pending, rate, writer, progress)
                 pending = (step + 1, metrics, host.example_id)
-                last = step + 1 == num_steps
+                last, fresh = step + 1 == num_steps, {}
                 if last or (train.eval_every and (step + 1) % train.eval_every == 0):
-                    evaluated = evaluate(made, state.params)
+                    evaluated = fresh = evaluate(made, state.params)
                     writer.write(step + 1, evaluated)
                 if last or (step + 1) % train.checkpoint_every == 0:
                     _report(made, *pending, rate, writer, progress)  # a diverged state is not worth saving
                     pending = None
-                    checkpoints.save(state, facts, evaluated)
+                    checkpoints.save(state, facts, fresh)
     finally:
         steps.close()
         writer.close()

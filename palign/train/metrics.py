@@ -35,9 +35,10 @@ def add(total: Mapping[str, Mean] | None, more: Mapping[str, Mean]) -> dict[str,
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The logged lines of a run, oldest first."""
+    """The logged lines of a run, oldest first; a last line that was cut off is left out."""
     file = workdir / FILE
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class MetricWriter:
@@ -46,7 +47,9 @@ class MetricWriter:
     def __init__(self, workdir: pathlib.Path, *, start_step: int):
         """Opens both; lines of steps after `start_step`, which a resumed run takes again, are removed."""
         kept = [line for line in read_metrics(workdir) if line["step"] <= start_step]
-        (workdir / FILE).write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary = workdir / f"{FILE}.tmp"
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(workdir / FILE)  # whole at any instant
         self._file = (workdir / FILE).open("a", buffering=1)
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
@@ -112,7 +115,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def say(text: str) -> None:

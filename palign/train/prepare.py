@@ -15,6 +15,7 @@ from palign.data.records import Record, best_response
 from palign.data.tokenize import TokenTree, tokenize_records
 from palign.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
 from palign.train.metrics import say
+from palign.train.sources import CONFIG
 
 HELD_OUT = "heldout"
 
@@ -100,7 +101,7 @@ def _share(prompt: str, seed: int) -> float:
 
 def _prepare_tokenizer(config, workdir, inherited, records: Sequence[Record]) -> Tokenizer:
     for place in (workdir, config.tokenizer.path, inherited):
-        if place and (place != workdir or _holds_tokenizer(workdir)):
+        if place and (place != workdir or (workdir / CONFIG).is_file()):  # a run that was refused left no config
             tokenizer = load_tokenizer(place)
             break
     else:
@@ -110,10 +111,6 @@ def _prepare_tokenizer(config, workdir, inherited, records: Sequence[Record]) ->
         say(f"tokenizer: trained a {c.model_type} model of {tokenizer.vocab_size} pieces on {len(texts)} texts")
     tokenizer.save(workdir)
     return tokenizer
-
-
-def _holds_tokenizer(workdir: pathlib.Path) -> bool:
-    return any(workdir.glob("*tokenizer*.*"))
 
 
 def _tokenise(name: str, records: Sequence[Record], tokenizer: Tokenizer, data: DataConfig) -> list[TokenTree]:

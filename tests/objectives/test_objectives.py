@@ -110,7 +110,7 @@ def test_a_term_without_anything_to_count_is_zero():
     [
         ([], {}, r"config.objective: loss_type has 0 methods"),
         (["dpo", "dpo"], {}, r"name each method once"),
-        (["dpo", "sft"], dict(loss_weights=[1.0]), r"loss_type has 2 methods, loss_weights 1"),
+        (["dpo", "sft"], dict(loss_weights=[1.0]), r"loss_type has 2 methods \(dpo, sft\), loss_weights 1"),
         (["sft"], dict(cached_reference=True), r"reference = 'cached': sft cannot use .* 'none' where it reads no"),
         (
             ["aligndistil_theorem1"],
