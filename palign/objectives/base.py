@@ -39,6 +39,7 @@ class Method(NamedTuple):
         logps: whether it reads log-probabilities of the targets.
         reference: whether it reads the reference's log-probabilities.
         frozen: roles whose distributions it reads, in the order of the loss's arguments.
+        compares: whether it learns from preferences alone, so that data without any teaches it nothing.
     """
 
     loss: Callable
@@ -47,6 +48,7 @@ class Method(NamedTuple):
     logps: bool = True
     reference: bool = False
     frozen: tuple[str, ...] = ()
+    compares: bool = False
 
 
 class Objective(NamedTuple):

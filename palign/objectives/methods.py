@@ -53,22 +53,22 @@ def num_responses(batch: Batch) -> Array:
 
 def pairwise(loss: Callable) -> Method:
     """A loss on summed log-probabilities of pairs, against a reference."""
-    return Method(loss, _pairwise_term, num_pairs, reference=True)
+    return Method(loss, _pairwise_term, num_pairs, reference=True, compares=True)
 
 
 def pairwise_average(loss: Callable) -> Method:
     """A loss on per-token average log-probabilities of pairs, against a reference."""
-    return Method(loss, _pairwise_average_term, num_pairs, reference=True)
+    return Method(loss, _pairwise_average_term, num_pairs, reference=True, compares=True)
 
 
 def pairwise_reference_free(loss: Callable) -> Method:
     """A loss on per-token average log-probabilities of pairs, without a reference."""
-    return Method(loss, _pairwise_free_term, num_pairs)
+    return Method(loss, _pairwise_free_term, num_pairs, compares=True)
 
 
 def listwise(loss: Callable) -> Method:
     """A loss on whole examples, against a reference; the mean is over examples that hold a preference."""
-    return Method(loss, _listwise_term, num_lists, reference=True)
+    return Method(loss, _listwise_term, num_lists, reference=True, compares=True)
 
 
 def likelihood(loss: Callable) -> Method:
@@ -106,21 +106,21 @@ def _sums(forward: Forward, batch: Batch) -> tuple[Array, Array]:
 def _pairwise_term(method, forward, batch, hyper):
     policy, reference = _sums(forward, batch)
     values = method.loss(_at_pairs(policy, batch), _at_pairs(reference, batch), **hyper)
-    return _sum_listed(values, batch), _preference_metrics(policy, reference, hyper["beta"], batch)
+    return _sum_listed(values, batch), _preference_metrics(policy, reference, hyper.get("beta", 1.0), batch)
 
 
 def _pairwise_average_term(method, forward, batch, hyper):
     policy, reference = _sums(forward, batch)
     lengths = lengths_by_slot(batch)
     values = method.loss(_at_pairs(policy / lengths, batch), _at_pairs(reference / lengths, batch), **hyper)
-    return _sum_listed(values, batch), _preference_metrics(policy, reference, hyper["beta"], batch)
+    return _sum_listed(values, batch), _preference_metrics(policy, reference, hyper.get("beta", 1.0), batch)
 
 
 def _pairwise_free_term(method, forward, batch, hyper):
     policy = sum_by_slot(forward.tokens.logps, batch)
     average = policy / lengths_by_slot(batch)
     values = method.loss(_at_pairs(average, batch), **hyper)
-    metrics = _preference_metrics(average, jnp.zeros_like(average), hyper["beta"], batch)
+    metrics = _preference_metrics(average, jnp.zeros_like(average), hyper.get("beta", 1.0), batch)
     return _sum_listed(values, batch), metrics | _logp_metrics(policy, batch)
 
 
@@ -129,7 +129,7 @@ def _listwise_term(method, forward, batch, hyper):
     lists = [_at_lists(x, batch) for x in (policy, reference)]
     labels, valid = (x.reshape(lists[0].shape) for x in (batch.scores, batch.valid))
     values = method.loss(*lists, labels, valid, **hyper)
-    return jnp.sum(values), _preference_metrics(policy, reference, hyper["beta"], batch)
+    return jnp.sum(values), _preference_metrics(policy, reference, hyper.get("beta", 1.0), batch)
 
 
 def _sum_listed(values, batch):
@@ -146,7 +146,7 @@ def _logp_metrics(policy, batch):
 
 
 def _preference_metrics(policy, reference, beta, batch):
-    """TRL's names; an accuracy counts strictly larger rewards, so it is 0 where policy and reference are equal."""
+    """TRL's names; a reward is `beta` times the log-ratio, and an accuracy counts strictly larger ones."""
     rewards, listed = implicit_rewards(_at_pairs(policy, batch), _at_pairs(reference, batch), beta=beta), _listed(batch)
     margins = rewards[:, 0] - rewards[:, 1]
     return _logp_metrics(policy, batch) | {

@@ -16,12 +16,12 @@ from palign.data.tokenizers import Tokenizer, load_tokenizer
 from palign.models.protocol import LanguageModel
 from palign.models.transformer import make_language_model
 from palign.objectives.base import REFERENCE, Objective
-from palign.objectives.registry import make_objective, resolve_methods, roles_read
+from palign.objectives.registry import METHODS, make_objective, resolve_methods, roles_read
 from palign.sharding.mesh import make_mesh, num_row_shards, to_global
 from palign.sharding.rules import parameter_shardings
 from palign.train.metrics import add, to_floats
 from palign.train.optimizer import make_optimizer
-from palign.train.prepare import Prepared, prepare, with_vocabulary
+from palign.train.prepare import Prepared, has_preference, prepare, with_vocabulary
 from palign.train.reference import cache_reference
 from palign.train.sources import CONFIG, Source, find_source, load_source
 from palign.train.state import TrainState, init_state, state_shardings
@@ -56,6 +56,7 @@ def build(config: RunConfig, workdir: pathlib.Path) -> tuple[Run, TrainState]:
     workdir.mkdir(parents=True, exist_ok=True)
     data = prepare(config, workdir, next((source.workdir for source in sources.values()), None))
     _check_tokenizers(data.tokenizer, sources)
+    _check_preferences(config, data)
     config = with_vocabulary(config, data.tokenizer)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     _check_rows(config, mesh)
@@ -93,6 +94,15 @@ def _first_difference(before: Any, now: Any, key: str = "config") -> str:
             if before.get(name) != now.get(name):
                 return _first_difference(before.get(name), now.get(name), f"{key}.{name}")
     return f"{key} was {before!r}, is {now!r}"
+
+
+def _check_preferences(config: RunConfig, data: Prepared) -> None:
+    comparing = [name for name in config.objective.loss_type if METHODS[name].compares]
+    if comparing and not any(has_preference(tree) for tree in data.train.trees):
+        raise ValueError(
+            f"config.data.path = {config.data.path!r}: no record has two responses of different scores, so "
+            f"{', '.join(comparing)} would learn nothing; give it pairs or lists, or train with loss_type=('sft',)"
+        )
 
 
 def _check_tokenizers(tokenizer: Tokenizer, sources: Mapping[str, Source]) -> None:

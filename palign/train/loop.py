@@ -89,7 +89,8 @@ def _train(made: Run, state: TrainState, checkpoints: Checkpoints) -> dict[str, 
                 last, fresh = step + 1 == num_steps, {}
                 if last or (train.eval_every and (step + 1) % train.eval_every == 0):
                     evaluated = fresh = evaluate(made, state.params)
-                    writer.write(step + 1, evaluated)
+                    if evaluated:
+                        writer.write(step + 1, evaluated)
                 if last or (step + 1) % train.checkpoint_every == 0:
                     _report(made, *pending, rate, writer, progress)  # a diverged state is not worth saving
                     pending = None

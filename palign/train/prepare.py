@@ -115,12 +115,18 @@ def _prepare_tokenizer(config, workdir, inherited, records: Sequence[Record]) ->
 
 def _tokenise(name: str, records: Sequence[Record], tokenizer: Tokenizer, data: DataConfig) -> list[TokenTree]:
     trees, counts = tokenize_records(records, tokenizer, max_length=data.max_length)
+    counts["without_a_preference"] = sum(len(tree.responses) > 1 and not has_preference(tree) for tree in trees)
     say(f"{name}: {_counted(counts)}")
     if not trees:
         raise ValueError(
             f"config.data: no record of {name!r} is left; raise config.data.max_length = {data.max_length}"
         )
     return trees
+
+
+def has_preference(tree: TokenTree) -> bool:
+    """Whether an example compares anything: two responses of different scores."""
+    return max(tree.scores) > min(tree.scores)
 
 
 def _plan(name: str, trees: list[TokenTree], shape: RowShape, config: RunConfig) -> Dataset:
@@ -135,7 +141,8 @@ def _plan(name: str, trees: list[TokenTree], shape: RowShape, config: RunConfig)
     else:
         plan = plan_epochs(needs, shape, rows_per_step=data.rows_per_step, seed=data.seed, **length)
     fill = fill_ratio(plan, needs, shape)
-    say(f"{name}: {plan.num_steps} steps of {data.rows_per_step} rows, {fill:.0%} full {_counted(counts)}".rstrip())
+    planned = f"{plan.num_steps} steps of {data.rows_per_step} rows, {fill:.0%} full"
+    say(f"{name}: {', '.join(filter(None, [planned, _counted(counts)]))}")
     return Dataset(trees, shape, plan, data.pair_policy, data.layout, data.seed)
 
 
