@@ -225,7 +225,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     log_every: int = 10
     keep: int = 2  # newest checkpoints kept, besides the best
-    best_metric: str = ""  # of an evaluation, e.g. eval_heldout/loss; "": none is kept as the best
+    best_metric: str = ""  # of an evaluation, e.g. eval_heldout_loss; "": none is kept as the best
     best_mode: str = "min"  # min, max
     stop_after_nonfinite: int = 1  # steps in a row whose loss or gradient is not finite
     seed: int = 0

@@ -1,6 +1,7 @@
 """Numbers per target of every example, handed back example by example."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ def per_target(
 
     Args:
         dataset: the data; its order and layout are kept, its plan is not.
-        function: pure; compiled once.
+        function: pure; compiled once for each function, so pass the same one again.
         params: what it is given, of one model or several.
         mesh: the devices.
         advance: told (steps done, tokens of the step), for a progress bar.
@@ -35,12 +36,7 @@ def per_target(
         For each example, one array for each of its responses, one number a token.
     """
     once = dataclasses.replace(dataset.once(), reference_logps=None)
-    rows, whole = row_sharding(mesh, axis=1), NamedSharding(mesh, SHARED)
-    compiled = jax.jit(
-        lambda params, batch: function(params, jax.tree.map(lambda x: x[0], batch)),
-        in_shardings=(None, rows),
-        out_shardings=whole,
-    )
+    compiled = _compile(function, mesh)
     values: list[Any] = [None] * len(dataset.trees)
     with jax.set_mesh(mesh):
         for step, batch in batches(once, start_step=0, micro_batches=1):
@@ -53,3 +49,12 @@ def per_target(
             if advance is not None:
                 advance(step + 1, float((batch.group > 0).sum()))
     return values
+
+
+@functools.cache
+def _compile(function: Callable[[Any, Batch], Array], mesh: Mesh) -> Callable[[Any, Batch], Array]:
+    def first_micro_batch(params, batch):
+        return function(params, jax.tree.map(lambda x: x[0], batch))
+
+    rows, whole = row_sharding(mesh, axis=1), NamedSharding(mesh, SHARED)
+    return jax.jit(first_micro_batch, in_shardings=(None, rows), out_shardings=whole)

@@ -1,6 +1,7 @@
 """Scoring given responses: their log-probabilities, and how far a policy has moved from a reference along them."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,7 @@ def as_dataset(trees: Sequence[TokenTree], *, row_length: int, rows_per_step: in
 
 def sequence_logps(lm: LanguageModel, params: Any, dataset: Dataset, mesh: Mesh) -> list[np.ndarray]:
     """Log-probability of every response, nats: one array `[K]` for each example."""
-
-    def logps(params, batch):
-        return target_logps(lm.hidden(params, batch), lm.unembed(params), batch)
-
-    return [_sums(tree) for tree in per_target(dataset, logps, params, mesh)]
+    return [_sums(tree) for tree in per_target(dataset, _logps(lm), params, mesh)]
 
 
 def sequence_kl(lm: LanguageModel, params: Any, reference: Any, dataset: Dataset, mesh: Mesh) -> list[np.ndarray]:
@@ -41,12 +38,24 @@ def sequence_kl(lm: LanguageModel, params: Any, reference: Any, dataset: Dataset
     On responses drawn from the policy its mean is the sequence-level KL(policy || reference), with less variance than
     the log-ratio of the draws.
     """
+    return [_sums(tree) for tree in per_target(dataset, _divergence(lm), (params, reference), mesh)]
 
+
+@functools.cache
+def _logps(lm: LanguageModel) -> Callable:
+    def logps(params, batch):
+        return target_logps(lm.hidden(params, batch), lm.unembed(params), batch)
+
+    return logps
+
+
+@functools.cache
+def _divergence(lm: LanguageModel) -> Callable:
     def divergence(both, batch):
         towers = tuple(Tower(lm.hidden(params, batch), lm.unembed(params)) for params in both)
         return target_values(lambda _, policy, other: reverse_kl(policy, other), towers, batch)
 
-    return [_sums(tree) for tree in per_target(dataset, divergence, (params, reference), mesh)]
+    return divergence
 
 
 def _sums(tree: tuple[np.ndarray, ...]) -> np.ndarray:

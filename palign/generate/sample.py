@@ -30,6 +30,7 @@ class _Carry(NamedTuple):
     key: Array
 
 
+@functools.cache
 def make_sampler(
     lm: LanguageModel,
     *,

@@ -128,8 +128,11 @@ class Transformer(nn.Module):
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
 
 
+@functools.cache
 def make_language_model(config: ModelConfig) -> LanguageModel:
     """Builds the transformer that `config` describes, as pure functions.
+
+    Equal configs give the same functions, so what was compiled for one model serves another of its shape.
 
     Raises:
         ValueError: the config's sizes do not fit together (checked by `ModelConfig`), or `vocab_size` is not set.

@@ -41,7 +41,7 @@ class Run(NamedTuple):
     aux: dict[str, Any]
     shardings: TrainState
     train_step: Callable
-    eval_step: Callable
+    eval_step: Any  # with the compiled function beside it, see `make_eval_step`
 
 
 def build(config: RunConfig, workdir: pathlib.Path) -> tuple[Run, TrainState]:
@@ -60,9 +60,10 @@ def build(config: RunConfig, workdir: pathlib.Path) -> tuple[Run, TrainState]:
     config = with_vocabulary(config, data.tokenizer)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     _check_rows(config, mesh)
-    made = assemble(config, workdir, mesh, data, sources)
+    made, state = assemble(config, workdir, mesh, data, sources)
+    _check_best_metric(made, state)
     (workdir / CONFIG).write_text(json.dumps(to_plain(config), indent=1))  # last: what was refused has not begun
-    return made
+    return made, state
 
 
 def find_sources(config: RunConfig, workdir: pathlib.Path) -> dict[str, Source]:
@@ -151,6 +152,23 @@ def assemble(
     train_step = make_train_step(objective, tx, mesh, shardings, aux_places)
     eval_step = make_eval_step(objective, mesh, places, aux_places)
     return Run(config, workdir, mesh, lm, data, objective, aux, shardings, train_step, eval_step), state
+
+
+def _check_best_metric(made: Run, state: TrainState) -> None:
+    best = made.config.train.best_metric
+    if not best:
+        return
+    names = set()
+    for name, dataset in made.data.evals.items():
+        with jax.set_mesh(made.mesh):
+            batch = dataset.step_batch(0, micro_batches=1)
+            metrics = jax.eval_shape(made.eval_step.compiled, state.params, made.aux, batch)
+        names |= {f"eval_{name}_{metric}" for metric in (*metrics, "loss")}
+    if best not in names:
+        raise ValueError(
+            f"config.train.best_metric = {best!r}: no evaluation of this run has it; expected one of "
+            f"{', '.join(sorted(names)) or 'none, for nothing is held out'}"
+        )
 
 
 def check_config(config: RunConfig) -> None:
