@@ -1,4 +1,7 @@
-"""Runs of seconds: a data file of short pairs, a tiny model over its words, a few steps."""
+"""Runs of seconds: a data file of short pairs, a tiny model over its words, a few steps.
+
+All files have the same words and all runs the same shapes and schedule, so that few programs are compiled in all.
+"""
 
 import contextlib
 import json
@@ -24,10 +27,11 @@ def sentence(rng: np.random.Generator, most: int) -> str:
 def write_pairs(path: pathlib.Path, num: int, *, seed: int = 0, prompts: int = 0) -> pathlib.Path:
     """`num` pairs of different responses, over at most `prompts` prompts where that is given."""
     rng = np.random.default_rng(seed)
-    asked = [sentence(rng, 5) + " :" for _ in range(prompts or num)]
+    asked = ["say " + sentence(rng, 5) + " :" for _ in range(prompts or num)]
     lines = []
     for i in range(num):
-        chosen, rejected = " good " + sentence(rng, 5), " bad " + sentence(rng, 5)
+        word = WORDS[i % len(WORDS)]  # every word comes up
+        chosen, rejected = f" good {word} {sentence(rng, 4)}", " bad " + sentence(rng, 5)
         lines.append({"prompt": asked[i % len(asked)], "chosen": chosen, "rejected": rejected})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,7 +37,8 @@ from palign.train import checkpoint, loop, metrics
 from tests.recipes.tiny_runs import one_device
 
 settings, workdir, where, at = json.loads(sys.stdin.read())
-advance, save, evaluate, calls = metrics.Reporter.advance, checkpoint.Checkpoints.save, loop.evaluate, itertools.count(1)
+advance, save, evaluate = metrics.Reporter.advance, checkpoint.Checkpoints.save, loop.evaluate
+calls = itertools.count(1)
 
 def pass_by(place, step):
     if (place, step) == (where, at):
@@ -87,12 +89,17 @@ def straight(settings, tmp_path_factory):
     return workdir, run(resolve_run(settings), workdir)
 
 
-def state_of(workdir: pathlib.Path, settings):
-    """The state in the newest checkpoint, through `Checkpoints.restore`."""
-    made, state = build(resolve_run(settings), workdir)
+@pytest.fixture(scope="module")
+def state_of(straight, settings):
+    """Reads the state in the newest checkpoint of a run of these settings, through `Checkpoints.restore`."""
+    made, state = build(resolve_run(settings), straight[0])
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, made.shardings)
-    with Checkpoints(workdir, keep=1) as checkpoints:
-        return checkpoints.restore(shapes)[0]
+
+    def read(workdir: pathlib.Path):
+        with Checkpoints(workdir, keep=9) as checkpoints:
+            return jax.device_get(checkpoints.restore(shapes)[0])
+
+    return read
 
 
 def logged(workdir):
@@ -108,10 +115,10 @@ def killed(settings, workdir, where, at):
     assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
 
 
-def assert_ends_like(straight, settings, workdir):
+def assert_ends_like(straight, settings, workdir, state_of):
     metrics = run(resolve_run(settings), workdir)
     assert metrics == straight[1]
-    one, other = (jax.device_get(state_of(place, settings)) for place in (straight[0], workdir))
+    one, other = state_of(straight[0]), state_of(workdir)
     assert jax.tree.structure(one) == jax.tree.structure(other)
     for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -122,12 +129,12 @@ def assert_ends_like(straight, settings, workdir):
     ]
 
 
-def test_a_run_killed_between_checkpoints_and_started_again_ends_bit_equal(straight, settings, tmp_path):
+def test_a_run_killed_between_checkpoints_and_started_again_ends_bit_equal(straight, settings, state_of, tmp_path):
     workdir = tmp_path / "run"
     killed(settings, workdir, "reported", 4)  # step 2 is saved; 3 is logged and has to be taken again
     assert max(line["step"] for line in read_metrics(workdir)) >= 3
     assert not (workdir / FINISHED).is_file() and (workdir / "checkpoints" / "2").is_dir()
-    assert_ends_like(straight, settings, workdir)
+    assert_ends_like(straight, settings, workdir, state_of)
 
 
 @pytest.mark.slow
@@ -142,10 +149,10 @@ def test_a_run_killed_between_checkpoints_and_started_again_ends_bit_equal(strai
     ],
     ids=str,
 )
-def test_wherever_and_however_often_a_run_is_killed_it_ends_bit_equal(kills, straight, settings, tmp_path):
+def test_wherever_and_however_often_a_run_is_killed_it_ends_bit_equal(kills, straight, settings, state_of, tmp_path):
     for where, at in kills:
         killed(settings, tmp_path / "run", where, at)
-    assert_ends_like(straight, settings, tmp_path / "run")
+    assert_ends_like(straight, settings, tmp_path / "run", state_of)
 
 
 def test_a_finished_run_is_left_as_it_is(straight, settings, capsys):
@@ -176,6 +183,16 @@ def test_evaluation_comes_every_n_steps_and_at_the_end(pairs, tmp_path):
     assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"6"}
 
 
+def test_the_best_step_is_one_that_was_evaluated_not_one_after_it(pairs, tmp_path, monkeypatch):
+    values = iter([3.0, 2.0, 1.0])
+    monkeypatch.setattr(loop, "evaluate", lambda made, params: {BEST: next(values)})
+    train = {"eval_every": 2, "checkpoint_every": 1, "keep": 1, "best_metric": BEST, "best_mode": "max"}
+    run(config(pairs, train=train), tmp_path / "run")
+    assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"2", "6"}
+    best, second = (jax.tree.leaves(load_run(f"{tmp_path / 'run'}@{which}").params) for which in ("best", "2"))
+    assert all(map(np.array_equal, best, second))
+
+
 def test_the_resolved_config_round_trips_through_its_file(straight, settings):
     stored = read_config(straight[0])
     assert stored.model.vocab_size > 0
@@ -193,16 +210,18 @@ def test_another_config_is_refused_with_the_key_that_changed(section, key, value
         run(resolve_run(changed), straight[0])
 
 
-def test_another_data_file_is_refused_on_resume(settings, tmp_path):
-    path = write_pairs(tmp_path / "pairs.jsonl", 60, prompts=40)
-    own = settings | {"data": settings["data"] | {"path": str(path)}}
-    run(resolve_run(own), tmp_path / "run")
+def test_another_data_file_is_refused_on_resume(straight, settings, pairs, tmp_path):
+    shutil.copytree(straight[0], tmp_path / "run")
     (tmp_path / "run" / FINISHED).unlink()
-    run(resolve_run(own), tmp_path / "run")  # nothing left to do
+    assert run(resolve_run(settings), tmp_path / "run") == straight[1]  # nothing is left to do
     (tmp_path / "run" / FINISHED).unlink()
-    path.write_text(path.read_text().replace(" good ", " fine ", 1))
-    with pytest.raises(ValueError, match=r"the data is not what this run began with \(config.data.path = .*pairs"):
-        run(resolve_run(own), tmp_path / "run")
+    before = pairs.read_text()
+    try:
+        pairs.write_text(before.replace(" good ", " bad ", 1))
+        with pytest.raises(ValueError, match=r"the data is not what this run began with \(config.data.path = .*pairs"):
+            run(resolve_run(settings), tmp_path / "run")
+    finally:
+        pairs.write_text(before)
 
 
 def test_a_run_that_was_refused_may_be_started_again_with_what_mends_it(pairs, tmp_path):
@@ -289,7 +308,7 @@ def test_a_policy_and_its_reference_start_from_a_stage_by_name_or_from_a_run_by_
 
 def test_the_model_that_a_run_starts_from_is_copied_and_the_reference_never_moves(straight, pairs, tmp_path):
     source = str(straight[0])
-    dpo = config(pairs, init_from=source, reference_from=source, objective={"loss_type": ["dpo"]}, train={"max_steps": 3})
+    dpo = config(pairs, init_from=source, reference_from=source, objective={"loss_type": ["dpo"], "beta": 0.2})
     made, _ = build(dpo, tmp_path / "run")
     before = jax.device_get(made.aux["reference"])
     run(dpo, tmp_path / "run")
@@ -315,11 +334,10 @@ def test_a_source_with_another_tokenizer_is_refused(straight, pairs, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(pairs.read_text().replace("soup", "stew"))  # as many words
     run(config(other), tmp_path / "other")
+    dpo = {"loss_type": ["dpo"]}
     with pytest.raises(ValueError, match=r"config.reference_from: .* another tokenizer"):
         build(
-            config(
-                pairs, init_from=str(straight[0]), reference_from=str(tmp_path / "other"), objective={"loss_type": ["dpo"]}
-            ),
+            config(pairs, init_from=str(straight[0]), reference_from=str(tmp_path / "other"), objective=dpo),
             tmp_path / "run",
         )
 
@@ -328,7 +346,7 @@ def test_a_source_with_another_tokenizer_is_refused(straight, pairs, tmp_path):
     ("settings", "message"),
     [
         (dict(objective={"loss_type": ["dpo"]}), r"config.reference_from: must be set, dpo reads it"),
-        (dict(objective={"loss_type": ["dpo"], "reference": "none"}), r"config.objective.reference = 'none': dpo reads"),
+        (dict(objective={"loss_type": ["dpo"], "reference": "none"}), r"objective.reference = 'none': dpo reads"),
         (dict(objective={"loss_type": ["sft"], "reference": "cached"}), r"config.objective.reference = 'cached': sft"),
         (dict(objective={"loss_type": ["simpo"], "reference": "cached"}), r"config.objective.reference = 'cached'"),
         (

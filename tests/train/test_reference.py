@@ -1,0 +1,160 @@
+"""The cached reference: equal to a live one, read back where nothing changed, and computed anew where anything did."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from palign.data.loader import fingerprint
+from palign.train import reference
+from palign.train.build import build
+from palign.train.loop import run
+from palign.train.metrics import read_metrics
+from palign.train.reference import cache_reference
+from palign.train.sources import load_run
+from tests.recipes.tiny_runs import config, one_device, write_pairs
+
+DPO = {"loss_type": ["dpo"], "beta": 0.2}
+CHUNK = 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single():
+    with one_device():
+        yield
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 40, prompts=30)
+
+
+@pytest.fixture(scope="module")
+def sft(pairs, tmp_path_factory):
+    """A trained model, so that its log-probabilities are not all alike."""
+    workdir = tmp_path_factory.mktemp("sft") / "run"
+    run(config(pairs), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def built(pairs, sft, tmp_path_factory):
+    """A run with a live reference, whose data set has no cached numbers."""
+    workdir = tmp_path_factory.mktemp("built") / "run"
+    return build(config(pairs, objective=DPO, init_from=str(sft), reference_from=str(sft)), workdir)[0]
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The names of the data sets that were gone through."""
+    seen = []
+
+    def counted(dataset, name, *rest):
+        seen.append(name)
+        return compute(dataset, name, *rest)
+
+    compute = reference._compute
+    monkeypatch.setattr(reference, "_compute", counted)
+    return seen
+
+
+def cached(made, workdir, *, dataset=None, params=None):
+    workdir.mkdir(exist_ok=True)
+    params = made.aux["reference"] if params is None else params
+    return cache_reference(dataset or made.data.train, "train", made.lm, params, made.mesh, workdir, chunk=CHUNK)
+
+
+def test_a_run_with_a_cached_reference_equals_one_with_a_live_one_step_by_step(pairs, sft, tmp_path):
+    lines = {}
+    for kind in ("live", "cached"):
+        settings = config(
+            pairs, objective=DPO | {"reference": kind}, reference_from=str(sft), train={"checkpoint_every": 6}
+        )
+        run(settings, tmp_path / kind)
+        lines[kind] = read_metrics(tmp_path / kind)
+    assert [line["step"] for line in lines["live"]] == [line["step"] for line in lines["cached"]]
+    for live, other in zip(lines["live"], lines["cached"], strict=True):
+        assert live.keys() == other.keys()
+        for name in live.keys() - {"tokens_per_second"}:
+            # Rewards are differences of sequence log-probabilities: it is these that are held to one in a million.
+            size = 20.0 if "rewards/" in name else 1.0
+            assert other[name] == pytest.approx(live[name], rel=1e-6, abs=1e-6 * size), name
+    trained = [line for line in lines["cached"] if "loss" in line]
+    assert all(abs(line["rewards/chosen"]) > 0.01 and line["logps/chosen"] < -10 for line in trained)
+    one, other = (jax.device_get(load_run(str(tmp_path / kind)).params) for kind in ("live", "cached"))
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(x).max())
+
+
+def test_every_token_of_every_response_has_its_number(built, sft, tmp_path):
+    dataset = cached(built, tmp_path / "run")
+    loaded = load_run(str(sft))
+    for tree, numbers in zip(dataset.trees, dataset.reference_logps, strict=True):
+        assert [x.size for x in numbers] == [response.size for response in tree.responses]
+        assert all((x < 0).all() and np.isfinite(x).all() for x in numbers)
+    # A full softmax over one tree, its second response written behind the prompt as a row of its own.
+    tree, numbers = dataset.trees[3], dataset.reference_logps[3]
+    alone = dataclasses.replace(
+        dataset, trees=[tree._replace(responses=tree.responses[1:], scores=(0.0,))], reference_logps=None
+    )
+    batch = jax.tree.map(lambda x: x[0], alone.once().step_batch(0, micro_batches=1))
+    hidden = loaded.lm.hidden(loaded.params, batch)
+    kernel, _, size = loaded.lm.unembed(loaded.params)
+    logps = jax.nn.log_softmax((hidden @ kernel)[..., :size], axis=-1)
+    row = int(np.flatnonzero((batch.group > 0).any(axis=1))[0])
+    ids, first = tree.responses[1], tree.prompt.size - 1
+    expected = [logps[row, first + t, token] for t, token in enumerate(ids)]
+    np.testing.assert_allclose(numbers[1], expected, rtol=1e-5)
+
+
+def test_the_cache_is_read_back_and_a_pass_over_the_data_is_not_taken_again(built, passes, tmp_path):
+    first = cached(built, tmp_path / "run")
+    again = cached(built, tmp_path / "run")
+    assert passes == ["train"]
+    assert len(list((tmp_path / "run").glob("reference_*.npz"))) == 1
+    for one, other in zip(first.reference_logps, again.reference_logps, strict=True):
+        for x, y in zip(one, other, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("change", ["reference", "token", "score", "order", "seed"])
+def test_the_cache_is_not_read_where_the_reference_or_the_data_changed(change, built, passes, tmp_path):
+    cached(built, tmp_path / "run")
+    data, params = built.data.train, built.aux["reference"]
+    if change == "reference":
+        params = params | {"embedding": params["embedding"].at[3, 0].add(1e-6)}
+    if change == "token":
+        changed = data.trees[0].prompt.copy()
+        changed[-1] = changed[-1] % 20 + 4
+        data = dataclasses.replace(data, trees=[data.trees[0]._replace(prompt=changed), *data.trees[1:]])
+    if change == "score":
+        data = dataclasses.replace(data, trees=[data.trees[0]._replace(scores=(0.0, 1.0)), *data.trees[1:]])
+    if change == "order":
+        data = dataclasses.replace(data, trees=data.trees[::-1])
+    if change == "seed":
+        data = dataclasses.replace(data, seed=9)
+    assert change == "reference" or fingerprint(data) != fingerprint(built.data.train)
+    cached(built, tmp_path / "run", dataset=data, params=params)
+    assert passes == ["train", "train"]
+    assert len(list((tmp_path / "run").glob("reference_*.npz"))) == 2
+
+
+def test_a_pass_that_was_interrupted_leaves_no_cache(built, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference.np, "savez", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cached(built, tmp_path / "run")
+    assert not list((tmp_path / "run").glob("reference_*[0-9a-f].npz"))
+    assert cached(built, tmp_path / "run").reference_logps is not None
+
+
+def test_held_out_sets_are_cached_too(pairs, sft, tmp_path, passes):
+    settings = config(pairs, objective=DPO | {"reference": "cached"}, init_from=str(sft), reference_from=str(sft))
+    made, _ = build(settings, tmp_path / "run")
+    assert sorted(passes) == ["heldout", "train"]
+    assert "reference" not in made.aux  # its weights need not stay in memory
+    assert all(data.reference_logps is not None for data in (made.data.train, *made.data.evals.values()))
