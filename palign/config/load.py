@@ -94,7 +94,10 @@ def _run_file(path: str) -> ml_collections.ConfigDict:
     spec = importlib.util.spec_from_file_location(f"palign_config_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever is wrong with it, it is the user's file
+        raise ValueError(f"--config={path}: {type(error).__name__}: {error}; --debug shows where") from error
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path}: expected a function get_config() -> ml_collections.ConfigDict")
     return module.get_config()

@@ -95,11 +95,11 @@ def _encode(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
 
 
 def _pad(ids: Sequence[np.ndarray], batch_size: int) -> tuple[jax.Array, jax.Array]:
-    """Right-pads prompts, and the batch with one-token prompts, to shapes that are compiled once."""
+    """Right-pads prompts, and the batch with copies of the last one, to shapes that are compiled once."""
     longest = max(x.size for x in ids)
     token = np.zeros((batch_size, -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE), np.int32)
     length = np.ones(batch_size, np.int32)
-    for row, x in enumerate(ids):
+    for row, x in enumerate([*ids, *[ids[-1]] * (batch_size - len(ids))]):
         token[row, : x.size], length[row] = x, x.size
     return jnp.asarray(token), jnp.asarray(length)
 

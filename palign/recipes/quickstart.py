@@ -6,10 +6,12 @@ Everything is an ordinary run or file below the workdir, so a run that was stopp
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from palign.config.load import resolve_run
@@ -66,7 +68,8 @@ def base_config() -> dict[str, Any]:
     return {
         "model": {"num_layers": 3, "dim": 96, "num_heads": 4, "num_key_heads": 2, "hidden_dim": 256, "remat": False},
         "tokenizer": {"model_type": "word", "vocab_size": 128},
-        "data": {"max_length": 64, "row_length": 512, "rows_per_step": 4, "block": 32},
+        # Every device takes its share of the rows.
+        "data": {"max_length": 64, "row_length": 512, "rows_per_step": math.lcm(4, jax.device_count()), "block": 32},
         "optimizer": {"b2": 0.98, "schedule": "cosine_to_floor", "warmup_ratio": 0.05},
         "train": {"log_every": 5, "keep": 20},
     }

@@ -53,8 +53,12 @@ def run(config: RunConfig, workdir: pathlib.Path) -> dict[str, float]:
     return metrics
 
 
+def _fingerprints(made: Run) -> dict[str, str]:
+    return {name: fingerprint(dataset) for name, dataset in {"train": made.data.train, **made.data.evals}.items()}
+
+
 def _facts(made: Run) -> dict[str, Any]:
-    return {"data": fingerprint(made.data.train), "config": json.loads(json.dumps(to_plain(made.config)))}
+    return {"data": _fingerprints(made), "config": json.loads(json.dumps(to_plain(made.config)))}
 
 
 def _resume(made: Run, state: TrainState, checkpoints: Checkpoints) -> TrainState:
@@ -62,10 +66,10 @@ def _resume(made: Run, state: TrainState, checkpoints: Checkpoints) -> TrainStat
         return state
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, made.shardings)
     state, facts = checkpoints.restore(shapes)
-    if facts["data"] != fingerprint(made.data.train):
+    if changed := [name for name, value in _fingerprints(made).items() if facts["data"].get(name) != value]:
         raise ValueError(
-            f"{made.workdir}: the data is not what this run began with (config.data.path = {made.config.data.path!r}); "
-            "bring the old file back, or use another --workdir"
+            f"{made.workdir}: the data is not what this run began with (config.data.path = "
+            f"{made.config.data.path!r}: {', '.join(changed)}); bring the old file back, or use another --workdir"
         )
     say(f"{made.workdir}: resumes after step {int(state.step)} of {made.data.train.num_steps}")
     return state

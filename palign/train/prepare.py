@@ -131,7 +131,10 @@ def has_preference(tree: TokenTree) -> bool:
 
 def _plan(name: str, trees: list[TokenTree], shape: RowShape, config: RunConfig) -> Dataset:
     data, train = config.data, config.train
-    trees, counts = fit_trees(trees, shape, layout=data.layout, oversize=data.oversize, seed=data.seed)
+    try:
+        trees, counts = fit_trees(trees, shape, layout=data.layout, oversize=data.oversize, seed=data.seed)
+    except ValueError as error:
+        raise ValueError(f"config.data.row_length, config.data.oversize ({name}): {error}") from None
     needs = row_needs(trees, layout=data.layout, pair_policy=data.pair_policy)
     length = {"max_steps": train.max_steps} if train.max_steps else {"epochs": train.epochs}
     if name != "train":
