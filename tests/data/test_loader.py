@@ -8,11 +8,11 @@ import threading
 
 import numpy as np
 import pytest
-from samples import random_tree
 
 from palign.data.loader import Dataset, batches, fingerprint
 from palign.data.pack import row_shape
 from palign.data.plan import plan_epochs, row_needs
+from tests.data.samples import random_tree
 
 
 def dataset(n=40, rows_per_step=8, seed=0):

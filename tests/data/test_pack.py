@@ -4,7 +4,6 @@ import collections
 
 import numpy as np
 import pytest
-from samples import EOS, random_tree, tree
 
 from palign.attention.block_pairs import list_block_pairs
 from palign.data.pack import (
@@ -19,6 +18,7 @@ from palign.data.pack import (
     subset_tree,
     tree_tokens,
 )
+from tests.data.samples import EOS, random_tree, tree
 
 A, B = tree(b"pqr", b"ab", b"c", id=7), tree(b"st", b"de", id=9)
 

@@ -4,7 +4,6 @@ import time
 
 import numpy as np
 import pytest
-from samples import random_tree
 
 from palign.data.pack import pack_row, row_shape
 from palign.data.plan import (
@@ -16,6 +15,7 @@ from palign.data.plan import (
     plan_padded,
     row_needs,
 )
+from tests.data.samples import random_tree
 
 
 def random_needs(n, seed=0, longest=1024):

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from samples import TEXTS, json_model
 
 from palign.data.records import make_record
 from palign.data.tokenize import tokenize_record, tokenize_records
 from palign.data.tokenizers import ByteTokenizer, JsonTokenizer, train_sentencepiece
+from tests.data.samples import TEXTS, json_model
 
 
 class Words:

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from samples import TEXTS, json_model
 
 from palign.data.tokenizers import (
     ByteTokenizer,
@@ -12,6 +11,7 @@ from palign.data.tokenizers import (
     load_tokenizer,
     train_sentencepiece,
 )
+from tests.data.samples import TEXTS, json_model
 
 HARD = [
     "", " ", "  two  spaces ", "\n", "\n\n\n", "a\r\nb\tc\0d", "日本語 é e\u0301 😀 \u200d ﷺ",

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from oracles import dense_losses as oracle
 
 from palign import losses
+from tests.oracles import dense_losses as oracle
 
 token_logps = jax.jit(losses.dense.token_logps)
 sequence_logps = jax.jit(losses.dense.sequence_logps)

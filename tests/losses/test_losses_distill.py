@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from oracles import distill_losses as oracle
 
 from palign import losses
+from tests.oracles import distill_losses as oracle
 
 forward_kl, reverse_kl = jax.jit(losses.forward_kl), jax.jit(losses.reverse_kl)
 generalised_jsd = jax.jit(losses.generalised_jsd)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from oracles import listwise_losses as oracle
 
 from palign import losses
+from tests.oracles import listwise_losses as oracle
 
 plackett_luce = jax.jit(losses.plackett_luce, static_argnames=("beta", "top"))
 lipo_lambda = jax.jit(losses.lipo_lambda, static_argnames="beta")

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from oracles import pairwise_losses as oracle
 
 from palign import losses
+from tests.oracles import pairwise_losses as oracle
 
 EXTREMES = np.array([[1e4, -1e4], [-1e4, 1e4], [0.0, 1e4], [-1e4, -1e4], [-3.0, -3.0]])
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from oracles import distill_losses
+from tests.oracles import distill_losses
 
 
 def token_logps(logits, ids, mask):
