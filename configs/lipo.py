@@ -12,7 +12,7 @@ from palign.config.load import ordered
 
 
 def get_config() -> ConfigDict:
-    """A small decoder: on 2 CPU cores a few minutes for some 400 lists."""
+    """A small decoder, for a CPU."""
     return ConfigDict(
         dict(
             model=dict(num_layers=4, dim=128, num_heads=4, num_key_heads=2, hidden_dim=352),

@@ -193,11 +193,6 @@ def pack_row(
     return row.finish()
 
 
-def empty_row(shape: RowShape) -> Batch:
-    """Returns a row of padding: no tree, no target, and the diagonal block pairs."""
-    return pack_row((), shape, "best_worst", "packed", seed=0)
-
-
 def stack_rows(rows: Sequence[Batch]) -> Batch:
     """Stacks rows (or batches) of one shape along a new first axis.
 

@@ -18,7 +18,7 @@ from palign.config.load import resolve_run
 from palign.data import world
 from palign.generate.texts import Generation, generate
 from palign.recipes.quickstart_report import write
-from palign.recipes.quickstart_scores import Scores, score_models
+from palign.recipes.quickstart_scores import score_models
 from palign.train.loop import run
 from palign.train.metrics import Reporter, say
 from palign.train.sources import Loaded, load_run
@@ -181,6 +181,3 @@ def _write_once(path: pathlib.Path, records: Iterable[Mapping[str, Any]]) -> Non
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
     temporary.rename(path)  # a file under its name is whole
-
-
-__all__ = ["DEMO", "FULL", "SMOKE", "Scores", "Size", "quickstart"]

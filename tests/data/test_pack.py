@@ -9,7 +9,6 @@ from palign.attention.block_pairs import list_block_pairs
 from palign.data.pack import (
     LAYOUTS,
     PAIR_POLICIES,
-    empty_row,
     list_pairs,
     pack_row,
     row_shape,
@@ -161,7 +160,7 @@ def test_random_pairs_depend_on_seed_and_example_only():
 
 def test_shapes_and_types_do_not_depend_on_the_trees():
     shape = row_shape(256, trees=4, responses=3, pair_policy="all", block=32)
-    rows = [empty_row(shape), pack_row([tree([5], [EOS])], shape, "all", "packed", seed=0)]
+    rows = [pack_row([], shape, "all", "packed", seed=0), pack_row([tree([5], [EOS])], shape, "all", "packed", seed=0)]
     assert [(a.shape, a.dtype) for a in rows[0][:-1]] == [(a.shape, a.dtype) for a in rows[1][:-1]]
     batch = stack_rows(rows)
     assert batch.token.shape == (2, 256) and batch.pairs.shape == (2, 12, 2) and batch.reference_logps is None
