@@ -34,12 +34,13 @@ class Batch(NamedTuple):
     target_token: Array  # [R, M] int32
     target_slot: Array  # [R, M] int32, 0 = padding
     block_pairs: Array  # [R, N, 2] int32 (query block, key block), sorted by query block, padded with (last, -1)
-    valid: Array  # [R, G, K] bool
+    valid: Array  # [R, G, K] bool; a response that is there but not valid belongs to another prompt (KTO's KL)
     scores: Array  # [R, G, K] float32, higher is better
     pairs: Array  # [R, P, 2] int32 slots (preferred, other), 0 = padding
     response_end: Array  # [R, G, K] int32, column of each response's last token, -1 = none
     example_id: Array  # [R, G] int32, -1 = none
     reference_logps: Array | None = None  # [R, M] float32, cached log-probs of the targets under the reference
+    weight: Array | None = None  # [R, G] float32, importance of each example; None = 1
 
 
 class Mean(NamedTuple):
@@ -54,6 +55,7 @@ class Terms(NamedTuple):
 
     terms: dict[str, Array]  # name -> [] float32 sum over this micro-batch
     metrics: dict[str, Mean]
+    observations: dict[str, Any]  # method -> sums that it remembers after the step; empty for most
 
 
 class Unembedding(NamedTuple):

@@ -10,6 +10,8 @@ from palign.config.schema import ModelConfig
 from palign.data.pack import pack_row, row_shape, stack_rows
 from palign.data.tokenize import TokenTree
 from palign.models.transformer import make_language_model
+from palign.objectives.base import Context
+from palign.objectives.compose import total_loss
 from palign.types import Batch
 
 VOCAB = 50
@@ -52,6 +54,18 @@ def tiny_model():
         return jax.tree_util.tree_map_with_path(lambda path, x: 20 * x if "embedding" in str(path) else x, lm.init(key))
 
     return lm, init(jax.random.key(0)), init(jax.random.key(1))
+
+
+def evaluate_objective(objective, params, aux, batch, carry=None):
+    """Loss and metrics of one micro-batch that is the whole batch."""
+    statistics = {}
+    if objective.statistics:
+        measured = objective.statistics(params, aux, batch)
+        combined = objective.combine(jax.tree.map(lambda x: x[None], measured))
+        statistics = jax.lax.stop_gradient(jax.tree.map(lambda x: x[0], combined))
+    context = Context(statistics, objective.init_carry() if carry is None else carry)
+    out = objective.loss(params, aux, batch, context)
+    return total_loss(objective, out.terms, objective.counts(batch)), out.metrics
 
 
 def largest_difference(tree, other) -> float:

@@ -69,6 +69,7 @@ class ModelConfig:
     rope_scalings: tuple[RopeScaling, ...] = (RopeScaling(),)  # pattern over the layers
     windows: tuple[int, ...] = (0,)  # pattern over the layers; 0 = unlimited
     tie_embedding: bool = True
+    value_head: int = 0  # outputs of a value head: 1 for a reward model, 2k for GPM's embedding, 0 = none
     qk_norm: bool = False
     attention_bias: bool = False
     embedding_scale: float = 1.0
@@ -89,7 +90,7 @@ class ModelConfig:
         """Checks ranges and what must fit together."""
         _positive("model", self, "num_layers", "dim", "num_heads", "num_key_heads", "hidden_dim", "vocab_multiple")
         _positive("model", self, "norm_epsilon", "embedding_scale")
-        _not_negative("model", self, "vocab_size", "head_dim", "norm_offset")
+        _not_negative("model", self, "vocab_size", "head_dim", "norm_offset", "value_head")
         for name in ("attention_softcap", "final_softcap", "query_scale"):
             if getattr(self, name) is not None:
                 _positive("model", self, name)

@@ -25,6 +25,7 @@ class Dataset:
         layout: a name in `pack.LAYOUTS`.
         seed: of the pairs that a policy draws.
         reference_logps: for each tree and response one cached log-probability (nats) a token, or None.
+        weights: each tree's importance, or None.
     """
 
     trees: Sequence[TokenTree]
@@ -34,6 +35,7 @@ class Dataset:
     layout: str
     seed: int
     reference_logps: Sequence[Sequence[np.ndarray]] | None = None
+    weights: Sequence[float] | None = None
 
     @property
     def num_steps(self) -> int:
@@ -49,8 +51,11 @@ class Dataset:
         """Returns row `index` of the plan, without the axis R; an empty row beyond the last."""
         members = self.plan.row(index)
         logps = None if self.reference_logps is None else [self.reference_logps[i] for i in members]
+        weights = None if self.weights is None else [self.weights[i] for i in members]
         trees = [self.trees[i] for i in members]
-        return pack_row(trees, self.shape, self.pair_policy, self.layout, seed=self.seed, reference_logps=logps)
+        return pack_row(
+            trees, self.shape, self.pair_policy, self.layout, seed=self.seed, reference_logps=logps, weights=weights
+        )
 
     def step_batch(self, step: int, *, micro_batches: int, rows: slice = slice(None)) -> Batch:
         """Returns the batch of a step, a pure function of the step.

@@ -165,6 +165,7 @@ def pack_row(
     *,
     seed: int,
     reference_logps: Sequence[Sequence[np.ndarray]] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Batch:
     """Packs trees into one row, in the order given. The module's docstring shows one.
 
@@ -175,6 +176,7 @@ def pack_row(
         layout: a name in `LAYOUTS`.
         seed: of the pairs that a policy draws.
         reference_logps: for each tree and response an array with one log-probability (nats) a token, or None.
+        weights: each tree's importance, or None.
 
     Returns:
         A `Batch` of numpy arrays without the leading axis R. Targets are in the row's order, padding last.
@@ -182,13 +184,14 @@ def pack_row(
     Raises:
         ValueError: if something exceeds its capacity, naming it, or a tree breaks the rules of `TokenTree`.
     """
-    row = _Row(shape, reference_logps is not None)
+    row = _Row(shape, reference_logps is not None, weights is not None)
     for e, tree in enumerate(trees):
         _check_tree(tree, shape)
         if e == shape.trees:
             raise ValueError(f"{len(trees)} trees do not fit a row of {shape.trees} (RowShape.trees)")
         logps = None if reference_logps is None else reference_logps[e]
-        row.add_example(e, tree, list_pairs(tree, pair_policy, seed=seed))
+        weight = 1.0 if weights is None else weights[e]
+        row.add_example(e, tree, list_pairs(tree, pair_policy, seed=seed), weight)
         row.add_segments(e, tree, named(LAYOUTS, layout, "layout")(len(tree.responses)), logps)
     return row.finish()
 
@@ -197,7 +200,7 @@ def stack_rows(rows: Sequence[Batch]) -> Batch:
     """Stacks rows (or batches) of one shape along a new first axis.
 
     Args:
-        rows: at least one row; either all have `reference_logps` or none has.
+        rows: at least one row; either all have `reference_logps` (or `weight`) or none has.
 
     Returns:
         The batch.
@@ -218,7 +221,7 @@ def split_targets(row: Batch, values: np.ndarray) -> list[tuple[np.ndarray, ...]
     values = np.asarray(values)
     G, K = row.valid.shape
     return [
-        tuple(values[row.target_slot == 1 + e * K + k] for k in range(K) if row.valid[e, k])
+        tuple(values[row.target_slot == 1 + e * K + k] for k in range(K) if row.response_end[e, k] >= 0)
         for e in range(G)
         if row.valid[e].any()
     ]
@@ -227,7 +230,7 @@ def split_targets(row: Batch, values: np.ndarray) -> list[tuple[np.ndarray, ...]
 class _Row:
     """The arrays of a row while it is filled."""
 
-    def __init__(self, shape: RowShape, with_reference: bool):
+    def __init__(self, shape: RowShape, with_reference: bool, with_weights: bool):
         T, M, G, K = shape.tokens, shape.targets, shape.trees, shape.responses
         self.shape = shape
         self.tree_arrays = np.zeros((4, T), np.int32)
@@ -239,13 +242,16 @@ class _Row:
         self.response_end = np.full((G, K), -1, np.int32)
         self.example_id = np.full((G,), -1, np.int32)
         self.reference = np.zeros((M,), np.float32) if with_reference else None
+        self.weight = np.ones((G,), np.float32) if with_weights else None
         self.used_tokens = self.used_targets = self.used_pairs = self.used_groups = 0
 
-    def add_example(self, e: int, tree: TokenTree, pairs: Pairs) -> None:
+    def add_example(self, e: int, tree: TokenTree, pairs: Pairs, weight: float) -> None:
         K = self.shape.responses
-        self.valid[e, : len(tree.responses)] = True
-        self.scores[e, : len(tree.responses)] = tree.scores
+        self.valid[e, : len(tree.scores)] = True
+        self.scores[e, : len(tree.scores)] = tree.scores
         self.example_id[e] = tree.id
+        if self.weight is not None:
+            self.weight[e] = weight
         end = self.used_pairs + len(pairs)
         _check_room("pairs", end, self.shape.pairs)
         if pairs:
@@ -310,6 +316,7 @@ class _Row:
             response_end=self.response_end,
             example_id=self.example_id,
             reference_logps=self.reference,
+            weight=self.weight,
         )
 
 
@@ -326,7 +333,7 @@ def subset_tree(tree: TokenTree, keep: int, seed: int) -> TokenTree:
     Returns:
         The smaller tree, or the tree itself where it has no more than `keep` responses.
     """
-    K = len(tree.responses)
+    K, others = len(tree.scores), tree.responses[len(tree.scores) :]  # another prompt's response is never left out
     if keep < 1:
         raise ValueError(f"subset_tree got keep={keep}; expected at least 1")
     if keep >= K:
@@ -334,7 +341,8 @@ def subset_tree(tree: TokenTree, keep: int, seed: int) -> TokenTree:
     best, worst = int(np.argmax(tree.scores)), int(np.argmin(tree.scores))
     sample = [int(k) for k in np.random.default_rng((seed, tree.id)).permutation(K)]
     kept = sorted(list(dict.fromkeys([best, worst, *sample]))[:keep])
-    return tree._replace(responses=tuple(tree.responses[k] for k in kept), scores=tuple(tree.scores[k] for k in kept))
+    responses = tuple(tree.responses[k] for k in kept) + others
+    return tree._replace(responses=responses, scores=tuple(tree.scores[k] for k in kept))
 
 
 def _check_tree(tree: TokenTree, shape: RowShape) -> None:
@@ -344,7 +352,7 @@ def _check_tree(tree: TokenTree, shape: RowShape) -> None:
             f"example {tree.id} has {K} responses; expected 1 to {shape.responses}: raise RowShape.responses "
             "or use the oversize policy 'subset'"
         )
-    if len(tree.scores) != K or not tree.prompt.size or not all(response.size for response in tree.responses):
+    if len(tree.scores) not in (K, K - 1) or not tree.scores or not tree.prompt.size or not all(response.size for response in tree.responses):
         raise ValueError(
             f"example {tree.id} has {tree.prompt.size} prompt tokens, responses of {[r.size for r in tree.responses]} "
             f"tokens and {len(tree.scores)} scores; expected at least one token in each and one score a response"

@@ -327,7 +327,7 @@ def _fits(tree: TokenTree, shape: RowShape, layout: str) -> bool:
 
 def _largest_subset(tree: TokenTree, shape: RowShape, layout: str, seed: int) -> TokenTree:
     """Returns the tree with as many responses as fit, two at least where it has two."""
-    keep, smaller = len(tree.responses), tree
+    keep, smaller = len(tree.scores), tree
     while keep > 2 and not _fits(smaller, shape, layout):
         keep -= 1
         smaller = subset_tree(tree, keep, seed)

@@ -60,7 +60,7 @@ def _from_labelled(row: Row, where: str) -> Fields:
     label = row["label"]
     if not (isinstance(label, bool) or label in (0, 1)) or isinstance(label, float):
         raise ValueError(f"{where}: label is {str(label)[:60]!r}; expected true or false")
-    return Fields(row["prompt"], [row["completion"]], [1.0 if label else 0.0])
+    return Fields(row["prompt"], [row["completion"]], [1.0 if label else -1.0])
 
 
 def _from_completion(row: Row, where: str) -> Fields:

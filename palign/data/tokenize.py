@@ -1,7 +1,7 @@
 """From records to token trees: one joint tokenisation, one split for all responses, BOS and EOS exactly once."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,8 @@ class TokenTree(NamedTuple):
     Attributes:
         prompt: [at least 1] int32, BOS included where the tokenizer has one.
         responses: K arrays [at least 1] int32 of what follows the prompt; the last token is EOS unless it was cut off.
-        scores: K floats, higher is better, as single precision holds them: what ties there ties here.
+        scores: K floats, higher is better, as single precision holds them: what ties there ties here. A response
+            beyond the scores is another prompt's (`add_mismatched`).
         id: the record's id.
     """
 
@@ -70,6 +71,34 @@ def tokenize_records(
         dropped = ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "there were no records"
         raise ValueError(f"no record is left after tokenisation with max_length {max_length}: {dropped}")
     return trees, dict(counts)
+
+
+def add_mismatched(trees: Sequence[TokenTree], *, max_length: int) -> tuple[list[TokenTree], dict[str, int]]:
+    """Gives every tree one more response without a score: one of the next tree, cut to fit (for KTO's KL).
+
+    Rotation, never reversal: no example can meet its own response, and every response list is drawn from equally. Of
+    several responses the next tree gives number i mod K, so that not only the chosen ones are met.
+
+    Args:
+        trees: at least two, of different prompts in neighbouring places as far as the data has them.
+        max_length: the most tokens of a prompt with one response.
+
+    Returns:
+        The trees, and the count `mismatched_cut`.
+
+    Raises:
+        ValueError: for fewer than two trees.
+    """
+    if len(trees) < 2:
+        raise ValueError("kto compares with a response to another prompt; expected at least two records")
+    given = [trees[(i + 1) % len(trees)] for i in range(len(trees))]
+    others = [tree.responses[i % len(tree.scores)] for i, tree in enumerate(given)]
+    rooms = [max_length - tree.prompt.size for tree in trees]
+    added = [
+        tree._replace(responses=(*tree.responses, other[:room]))
+        for tree, other, room in zip(trees, others, rooms, strict=True)
+    ]
+    return added, {"mismatched_cut": sum(other.size > room for other, room in zip(others, rooms, strict=True))}
 
 
 def tokenize_record(record: Record, tokenizer: Tokenizer) -> TokenTree:

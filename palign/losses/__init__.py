@@ -25,13 +25,40 @@ from palign.losses.distill import (
     scaled_jsd,
     theorem1_teacher,
 )
-from palign.losses.listwise import lipo_lambda, plackett_luce
+from palign.losses.listwise.contrastive import exo, info_nca, listnet, nca
+from palign.losses.listwise.lipo import (
+    lipo_lambda,
+    lipo_pair_hinge,
+    lipo_pair_logistic,
+    lipo_pointwise_mse,
+    lipo_pointwise_sigmoid,
+    lipo_softmax,
+)
+from palign.losses.listwise.plackett_luce import plackett_luce
+from palign.losses.listwise.self_play import gpo, sppo
+from palign.losses.pairwise.calibrated import apo_down, apo_zero, exo_pair, nca_pair, sppo_hard
+from palign.losses.pairwise.discovered import discopop
 from palign.losses.pairwise.dpo import dpo, implicit_rewards
+from palign.losses.pairwise.f_dpo import f_dpo_alpha, f_dpo_forward_kl, f_dpo_js
+from palign.losses.pairwise.hinge import hinge, slic_hf
 from palign.losses.pairwise.ipo import ipo
+from palign.losses.pairwise.lengths import ld_dpo, ln_dpo, r_dpo
+from palign.losses.pairwise.margins import margin_dpo, mm_dpo, mm_dpo_beta, scaled_dpo
+from palign.losses.pairwise.mixture import bvpo, bvpo_weight
+from palign.losses.pairwise.noise_aware import SpaHistory, spa, spa_history, spa_remember, spa_threshold
+from palign.losses.pairwise.prompts import mapl_intra
+from palign.losses.pairwise.reference_free import alphapo, cpo, log_odds, orpo
+from palign.losses.pairwise.regularised import cal_dpo, dpop, rpo
+from palign.losses.pairwise.robust import cdpo, robust_dpo
 from palign.losses.pairwise.simpo import simpo
+from palign.losses.pairwise.tdpo import tdpo1, tdpo2
+from palign.losses.pairwise.transport import aot, aot_matched_margins, aot_matched_ratios, aot_unpaired
+from palign.losses.pairwise.weighted import wpo, wpo_weights
+from palign.losses.ranking_distill import binary_kl_norm, margin_mse, pairwise_mse, pld
 from palign.losses.supervised import nll
 
 __all__ = [
+    "SpaHistory",
     "Teacher",
     "adaptive_teacher",
     "adaptive_weight",
@@ -40,20 +67,77 @@ __all__ = [
     "aligndistil_constant",
     "aligndistil_contrastive",
     "aligndistil_theorem1",
+    "alphapo",
+    "aot",
+    "aot_matched_margins",
+    "aot_matched_ratios",
+    "aot_unpaired",
+    "apo_down",
+    "apo_zero",
+    "binary_kl_norm",
+    "bvpo",
+    "bvpo_weight",
+    "cal_dpo",
     "capped_weight",
+    "cdpo",
     "constant_weight",
     "contrastive_teacher",
+    "cpo",
     "dense",
+    "discopop",
     "dpo",
+    "dpop",
+    "exo",
+    "exo_pair",
+    "f_dpo_alpha",
+    "f_dpo_forward_kl",
+    "f_dpo_js",
     "forward_kl",
     "generalised_jsd",
+    "gpo",
+    "hinge",
     "implicit_rewards",
+    "info_nca",
     "ipo",
+    "ld_dpo",
     "lipo_lambda",
+    "lipo_pair_hinge",
+    "lipo_pair_logistic",
+    "lipo_pointwise_mse",
+    "lipo_pointwise_sigmoid",
+    "lipo_softmax",
+    "listnet",
+    "ln_dpo",
+    "log_odds",
+    "mapl_intra",
+    "margin_dpo",
+    "margin_mse",
+    "mm_dpo",
+    "mm_dpo_beta",
+    "nca",
+    "nca_pair",
     "nll",
+    "orpo",
+    "pairwise_mse",
     "plackett_luce",
+    "pld",
+    "r_dpo",
     "reverse_kl",
+    "robust_dpo",
+    "rpo",
+    "scaled_dpo",
     "scaled_jsd",
     "simpo",
+    "slic_hf",
+    "spa",
+    "spa_history",
+    "spa_remember",
+    "spa_threshold",
+    "sppo",
+    "sppo_hard",
+    "tdpo1",
+    "tdpo2",
     "theorem1_teacher",
+    "wpo",
+    "wpo_weights",
 ]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from palign.losses import distill
-from palign.losses.checks import as_float, check_mask, check_same_shape
+from palign.losses.checks import as_float, check_mask, check_positive, check_same_shape
 
 
 def token_logps(
@@ -217,3 +217,193 @@ def _predicting(
 def _over_length(sums: Float[Array, " B"], keep: Bool[Array, "B S"]) -> Float[Array, " B"]:
     """Divide by the number of kept tokens; an empty response, whose sum is 0, stays 0."""
     return sums / jnp.maximum(keep.sum(-1), 1).astype(sums.dtype)
+
+
+def sequence_kl(
+    logits: Float[Array, "B T V"], ref_logits: Float[Array, "B T V"], response_mask: Bool[Array, "B T"]
+) -> Float[Array, " B"]:
+    """Forward KL divergence of the policy from the reference along every response, over the whole vocabulary.
+
+    `out[b] = sum_t KL(softmax(ref_logits[b, t]) || softmax(logits[b, t]))`, over the positions t that predict a
+    response token.
+
+    Args:
+        logits: `[B, T, V]`, logits of the policy, not shifted. Gradient flows through them.
+        ref_logits: `[B, T, V]`, logits of the frozen reference, not shifted. Receives no gradient.
+        response_mask: `[B, T]` bool, True for the tokens of the response, aligned with the input ids, not shifted.
+
+    Returns:
+        `[B]` in nats, at least 0 up to rounding; 0 for an empty response. What `tdpo1` and `tdpo2` take.
+
+    Raises:
+        ValueError: shapes do not fit, or the mask is not boolean.
+
+    References:
+        Zeng et al., "Token-level Direct Preference Optimization", arXiv 2404.11999, the sequential KL divergence.
+
+    Examples:
+        Two tokens, at each of which the reference is (3/4, 1/4) and the policy (1/2, 1/2):
+        2 * (3/4 log 3/2 + 1/4 log 1/2) = 0.2616.
+
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from palign import losses
+        >>> reference = jnp.tile(jnp.log(jnp.array([3.0, 1.0])), (1, 3, 1))
+        >>> mask = jnp.array([[False, True, True]])
+        >>> print(np.asarray(losses.dense.sequence_kl(jnp.zeros((1, 3, 2)), reference, mask)).round(4))
+        [0.2616]
+    """
+    keep, (policy, reference) = _predicting("sequence_kl", response_mask, logits=logits, ref_logits=ref_logits)
+    return jnp.where(keep, distill.forward_kl(policy, reference), 0.0).sum(-1)
+
+
+def alignment_logps(
+    logits: Float[Array, "B T V"], ids: Int[Array, "B T"], response_mask: Bool[Array, "B T"]
+) -> Float[Array, " B"]:
+    """How likely the tokens of every response are, next to tokens sampled from the policy.
+
+    `out[b] = sum_t (log p_t(y_t) - log sum_v p_t(v)^2) / |y_b|`, with `p_t = softmax(logits[b, t - 1])`: the sum of
+    squares is the probability that a sampled token has on average.
+
+    Args:
+        logits: `[B, T, V]`, logits of the policy, not shifted.
+        ids: `[B, T]`, token ids.
+        response_mask: `[B, T]` bool, True for the tokens of the response.
+
+    Returns:
+        `[B]` in nats per token; 0, with zero gradient, for an empty response. Above 0 where the tokens are likelier
+        than sampled ones. What `wpo` takes.
+
+    Raises:
+        ValueError: shapes do not fit, or the mask is not boolean.
+
+    References:
+        Zhou et al., "WPO: Enhancing RLHF with Weighted Preference Optimization", arXiv 2406.11827, sampled alignment.
+
+    Examples:
+        Under p = (3/4, 1/4) the squares sum to 10/16. Twice the first token: log(0.75 / 0.625) = 0.1823.
+
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from palign import losses
+        >>> logits = jnp.tile(jnp.log(jnp.array([3.0, 1.0])), (1, 3, 1))
+        >>> ids, mask = jnp.array([[1, 0, 0]]), jnp.array([[False, True, True]])
+        >>> print(np.asarray(losses.dense.alignment_logps(logits, ids, mask)).round(4))
+        [0.1823]
+    """
+    keep, (policy,) = _predicting("alignment_logps", response_mask, logits=logits)
+    check_same_shape("alignment_logps", ids=ids, response_mask=response_mask)
+    squares = jax.nn.logsumexp(2 * jax.nn.log_softmax(policy), axis=-1)
+    expected = jnp.where(keep, squares, 0.0).sum(-1)
+    return _over_length(sequence_logps(logits, ids, response_mask) - expected, keep)
+
+
+def shared_and_tail_logps(
+    logits: Float[Array, "B T V"],
+    ids: Int[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+    shared_lengths: Int[Array, " B"],
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Log-probability of the first tokens of every response, as many as the other one has, and of those beyond.
+
+    `shared[b] = sum of token_logps over the first shared_lengths[b] tokens of the response`, `tail[b] = the rest`.
+
+    Args:
+        logits: `[B, T, V]`, not shifted.
+        ids: `[B, T]`, token ids.
+        response_mask: `[B, T]` bool, True for the tokens of the response. They need not be adjacent.
+        shared_lengths: `[B]`, number of tokens in the first part: for a pair the length of its shorter response.
+
+    Returns:
+        `[B]` and `[B]` in nats, at most 0, whose sum is `sequence_logps`; 0 for a part without tokens. What `ld_dpo`
+        takes, from the policy and from the reference. Position 0, which nothing predicts, is not counted.
+
+    Raises:
+        ValueError: shapes do not fit, or the mask is not boolean.
+
+    References:
+        Liu et al., "Length Desensitization in Direct Preference Optimization", arXiv 2409.06411.
+
+    Examples:
+        Two tokens of probability 1/4, one of them shared.
+
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from palign import losses
+        >>> ids, mask = jnp.array([[2, 0, 3]]), jnp.array([[False, True, True]])
+        >>> parts = losses.dense.shared_and_tail_logps(jnp.zeros((1, 3, 4)), ids, mask, jnp.array([1]))
+        >>> print(np.asarray(parts).round(4))
+        [[-1.3863]
+         [-1.3863]]
+    """
+    # For its checks, so that errors name this function.
+    _predicting("shared_and_tail_logps", response_mask, logits=logits)
+    check_same_shape("shared_and_tail_logps", ids=ids, response_mask=response_mask)
+    shared_lengths = jnp.asarray(shared_lengths)
+    chex.assert_shape(
+        shared_lengths,
+        response_mask.shape[:1],
+        custom_message=f"shared_and_tail_logps: shared_lengths has shape {list(shared_lengths.shape)}, response_mask "
+        f"{list(response_mask.shape)}; expected [B] and [B, T]",
+        exception_type=ValueError,
+    )
+    logps = token_logps(logits, ids, response_mask)[:, 1:]
+    rank = jnp.cumsum(response_mask[:, 1:], axis=1, dtype=shared_lengths.dtype)
+    shared = rank <= shared_lengths[:, None]
+    return jnp.where(shared, logps, 0.0).sum(-1), jnp.where(shared, 0.0, logps).sum(-1)
+
+
+def extrapolated_sequence_logps(
+    logits: Float[Array, "B T V"],
+    ref_logits: Float[Array, "B T V"],
+    ids: Int[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+    *,
+    weight: float | Float[Array, ""] = 1.0,
+) -> Float[Array, " B"]:
+    """Log-probability of every response under a model on the line from the reference through the policy.
+
+    `out[b] = sum_t log softmax(weight z[b, t - 1] + (1 - weight) z_ref[b, t - 1])[ids[b, t]]`
+
+    Args:
+        logits: `[B, T, V]`, the z of the policy, not shifted. Receives no gradient.
+        ref_logits: `[B, T, V]`, the z of the reference, not shifted. Receives no gradient.
+        ids: `[B, T]`, token ids.
+        response_mask: `[B, T]` bool, True for the tokens of the response.
+        weight: above 0; 1 is the policy, more extrapolates beyond it.
+
+    Returns:
+        `[B]` in nats, f32, without gradient; 0 for an empty response. What `spa` detects noise with.
+
+    Raises:
+        ValueError: shapes do not fit, the mask is not boolean, or `weight` is a plain number that is not finite and
+            above 0.
+
+    References:
+        Kim et al., "Spread Preference Annotation: Direct Preference Judgment for Efficient LLM Alignment",
+        arXiv 2406.04412, de-coupled noise detection.
+
+    Notes:
+        The authors' weight is 1 + lambda, with lambda = 1/2, 1/4, 1/8 in successive rounds; their configuration leaves
+        it at 1. The mixture is `losses.theorem1_teacher`, that of AlignDistil.
+
+    Examples:
+        The policy has odds of 3 to 1 and the reference even ones. At weight 2 the odds are 9 to 1, and two tokens of
+        9/10 have 2 log 0.9 = -0.2107.
+
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from palign import losses
+        >>> logits = jnp.tile(jnp.log(jnp.array([3.0, 1.0])), (1, 3, 1))
+        >>> ids, mask = jnp.array([[1, 0, 0]]), jnp.array([[False, True, True]])
+        >>> beyond = losses.dense.extrapolated_sequence_logps(logits, jnp.zeros((1, 3, 2)), ids, mask, weight=2.0)
+        >>> print(np.asarray(beyond).round(4))
+        [-0.2107]
+    """
+    check_positive("extrapolated_sequence_logps", weight=weight)
+    # For its checks, so that errors name this function.
+    _predicting("extrapolated_sequence_logps", response_mask, logits=logits, ref_logits=ref_logits)
+    check_same_shape("extrapolated_sequence_logps", logits=logits, ref_logits=ref_logits)
+    check_same_shape("extrapolated_sequence_logps", ids=ids, response_mask=response_mask)
+    mixed = distill.theorem1_teacher(logits, ref_logits, ratio=weight).logits
+    return sequence_logps(mixed, ids, response_mask)

@@ -445,6 +445,9 @@ def aligndistil_theorem1(
         >>> print(np.asarray(losses.aligndistil_theorem1(student, dpo, jnp.ones(2), beta=0.1, beta0=0.1)).round(4))
         0.0144
     """
+    check_same_shape(
+        "aligndistil_theorem1", student_logits=student_logits, dpo_logits=dpo_logits, reference_logits=reference_logits
+    )
     check_positive("aligndistil_theorem1", beta=beta, beta0=beta0)
     teacher = theorem1_teacher(dpo_logits, reference_logits, ratio=beta0 / beta)
     return constant_weight(teacher.alpha, beta=beta) * reverse_kl(student_logits, teacher.logits)
@@ -491,6 +494,9 @@ def aligndistil_contrastive(
         >>> print(np.asarray(losses.aligndistil_contrastive(student, dpo, dpo, beta=0.1, beta0=0.1)).round(4))
         0.0144
     """
+    check_same_shape(
+        "aligndistil_contrastive", student_logits=student_logits, dpo_logits=dpo_logits, reverse_logits=reverse_logits
+    )
     check_positive("aligndistil_contrastive", beta=beta, beta0=beta0)
     teacher = contrastive_teacher(dpo_logits, reverse_logits, ratio=beta0 / beta)
     return constant_weight(teacher.alpha, beta=beta) * reverse_kl(student_logits, teacher.logits)
@@ -542,6 +548,7 @@ def aligndistil(
         >>> print(np.asarray(losses.aligndistil(student, dpo, dpo)).round(2))
         14.38
     """
+    check_same_shape("aligndistil", student_logits=student_logits, dpo_logits=dpo_logits, reverse_logits=reverse_logits)
     check_positive("aligndistil", beta0=beta0)
     teacher = adaptive_teacher(dpo_logits, reverse_logits, scale=scale, epsilon=epsilon)
     return adaptive_weight(teacher.alpha, beta=beta0) * reverse_kl(student_logits, teacher.logits)
@@ -587,6 +594,9 @@ def aligndistil_constant(
         >>> print(np.asarray(losses.aligndistil_constant(student, dpo, dpo)).round(4))
         0.0144
     """
+    check_same_shape(
+        "aligndistil_constant", student_logits=student_logits, dpo_logits=dpo_logits, reverse_logits=reverse_logits
+    )
     check_positive("aligndistil_constant", beta0=beta0)
     teacher = adaptive_teacher(dpo_logits, reverse_logits, scale=scale, epsilon=epsilon)
     return constant_weight(teacher.alpha, beta=beta0) * reverse_kl(student_logits, teacher.logits)
@@ -634,19 +644,22 @@ def aligndistil_capped(
         >>> print(np.asarray(losses.aligndistil_capped(student, dpo, dpo)).round(4))
         0.1438
     """
+    check_same_shape(
+        "aligndistil_capped", student_logits=student_logits, dpo_logits=dpo_logits, reverse_logits=reverse_logits
+    )
     check_positive("aligndistil_capped", beta0=beta0, cap=cap)
     teacher = adaptive_teacher(dpo_logits, reverse_logits, scale=scale, epsilon=epsilon)
     return capped_weight(teacher.alpha, beta=beta0, cap=cap) * reverse_kl(student_logits, teacher.logits)
 
 
-def _floored(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch V"]:
+def floored(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch V"]:
     """Return logits in f32 with a finite floor; `maximum` and not `where`, so that a NaN still shows."""
     return jnp.maximum(as_float(logits), _FLOOR)
 
 
 def _frozen(loss: str, **logits: Float[Array, "*batch V"]) -> tuple[Float[Array, "*batch V"], ...]:
     check_same_shape(loss, **logits)
-    return tuple(jax.lax.stop_gradient(_floored(values)) for values in logits.values())
+    return tuple(jax.lax.stop_gradient(floored(values)) for values in logits.values())
 
 
 def _total_variation(first: Float[Array, "*batch V"], second: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
@@ -672,8 +685,8 @@ def _log_probabilities(
 ) -> tuple[Float[Array, "*batch V"], Float[Array, "*batch V"]]:
     """Return log-probabilities of the student and, without gradient, of the teacher."""
     check_same_shape(loss, student_logits=student_logits, teacher_logits=teacher_logits)
-    teacher = jax.lax.stop_gradient(_floored(teacher_logits))
-    return jax.nn.log_softmax(_floored(student_logits)), jax.nn.log_softmax(teacher)
+    teacher = jax.lax.stop_gradient(floored(teacher_logits))
+    return jax.nn.log_softmax(floored(student_logits)), jax.nn.log_softmax(teacher)
 
 
 def _mixture_divergences(

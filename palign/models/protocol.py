@@ -1,4 +1,4 @@
-"""What palign asks of a language model: five pure functions over a plain dict of parameters.
+"""What palign asks of a language model: a few pure functions over a plain dict of parameters.
 
 The policy, the reference and every teacher are dicts of parameters through the same functions. Anything that fills this
 tuple trains: Linen sits behind it here, an NNX model needs a few lines of `split` and `merge`.
@@ -36,6 +36,7 @@ class LanguageModel(NamedTuple):
         prefill: `(params, token [B, P], length [B], *, samples, capacity) -> (hidden [B, D], cache)`: the prompts,
             right-padded, computed once; the hidden state of each one's last token.
         decode_step: `(params, cache, token [B, K]) -> (hidden [B, K, D], cache)`: one more token of every sample.
+        values: `(params, hidden [..., D]) -> [..., W]` float32 of a value head, or None.
     """
 
     init: Callable[[jax.Array], Params]
@@ -43,3 +44,4 @@ class LanguageModel(NamedTuple):
     unembed: Callable[[Params], Unembedding]
     prefill: Callable[..., tuple[jax.Array, Cache]]
     decode_step: Callable[[Params, Cache, jax.Array], tuple[jax.Array, Cache]]
+    values: Callable[[Params, jax.Array], jax.Array] | None = None

@@ -21,6 +21,7 @@ from palign.models.config import LayerTables, compute_dtype, layer_tables, padde
 from palign.models.layers import Block, RMSNorm
 from palign.models.protocol import Cache, LanguageModel, Params
 from palign.sharding.mesh import SHARED, constrain
+from palign.models.value_head import add_value_head
 from palign.types import Batch, Unembedding
 
 PREFILL_BLOCK = 64
@@ -158,7 +159,8 @@ def make_language_model(config: ModelConfig) -> LanguageModel:
         return Unembedding(kernel.astype(dtype), config.final_softcap, config.vocab_size)
 
     prefill = functools.partial(_prefill, config, run)
-    return LanguageModel(init, hidden, unembed, prefill, functools.partial(_decode_step, run))
+    lm = LanguageModel(init, hidden, unembed, prefill, functools.partial(_decode_step, run))
+    return add_value_head(lm, config.value_head, config.dim) if config.value_head else lm
 
 
 def _prefill(config, run, params, token, length, *, samples, capacity):

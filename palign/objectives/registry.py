@@ -1,45 +1,139 @@
-"""The methods by name, and how a weighted list of them becomes one objective.
+"""The methods by name.
 
-Adding a method is one pure function in `palign.losses` with its oracle, one line here, and one config.
+Adding a method is one pure function in `palign.losses` with its oracle, one line here, and one line in
+`configs/methods.py`.
 """
 
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
-
-import jax
-import jax.numpy as jnp
+from collections.abc import Iterable, Mapping, Sequence
 
 from palign import losses
-from palign.models.protocol import LanguageModel
-from palign.objectives.base import REFERENCE, Method, Objective, hyper_defaults, run_forward
+from palign.objectives.base import Method, Needs, hyper_defaults
 from palign.objectives.methods import (
+    batch_match,
     distillation,
     likelihood,
     listwise,
+    margin_means,
+    mismatched_value,
     pairwise,
-    pairwise_average,
-    pairwise_reference_free,
+    regression,
+    reward_means,
     sequence_distillation,
-    token_metrics,
+    token_distillation,
+    unpaired,
 )
-from palign.types import Array, Batch, Mean, Terms
+from palign.objectives.readings import (
+    ADVANTAGES,
+    ALIGNMENT,
+    AVERAGE,
+    DESIRABLE,
+    LENGTHS,
+    LOG_RATIO,
+    POLICY,
+    POLICY_SHARED,
+    POLICY_TAIL,
+    REFERENCE_AVERAGE,
+    REFERENCE_SHARED,
+    REFERENCE_SUMS,
+    REFERENCE_TAIL,
+    SCORES,
+    SEQUENCE_KL,
+    UNIT_SCALES,
+    VALID,
+    VALUE,
+    VALUES,
+    WEIGHTS,
+    WIN_RATES,
+    chosen,
+    column,
+    gap,
+)
 
-TEACHER, REVERSE = "teacher", "reverse"  # roles of frozen models besides the reference
+TEACHER, REVERSE, REFERENCE = "teacher", "reverse", "reference"  # roles of frozen models
+
+SUMS = (POLICY, REFERENCE_SUMS)  # what most pairwise losses read
+RANKED = (*SUMS, SCORES, VALID)  # what most listwise losses read
+BCO_SHIFT = reward_means(losses.bco_shift_start, losses.bco_shift, losses.bco_shift_update)
+SPA_THRESHOLD = margin_means(losses.spa_history, losses.spa_threshold, losses.spa_remember)
 
 METHODS: dict[str, Method] = {
+    # Tokens of the preferred response.
     "sft": likelihood(losses.nll),
-    "dpo": pairwise(losses.dpo),
-    "sigmoid": pairwise(losses.dpo),  # TRL's name of dpo
-    "ipo": pairwise_average(losses.ipo),  # as TRL and the authors run it
-    "ipo_sum": pairwise(losses.ipo),  # as the paper writes it
-    "simpo": pairwise_reference_free(losses.simpo),
-    "plackett_luce": listwise(losses.plackett_luce),
-    "lipo_lambda": listwise(losses.lipo_lambda),
+    "dft": likelihood(losses.dft),
+    # Pairs against a reference.
+    "dpo": pairwise(losses.dpo, *SUMS),
+    "cdpo": pairwise(losses.cdpo, *SUMS),
+    "robust_dpo": pairwise(losses.robust_dpo, *SUMS),
+    "ipo": pairwise(losses.ipo, AVERAGE, REFERENCE_AVERAGE),  # as TRL and the authors run it
+    "ipo_sum": pairwise(losses.ipo, *SUMS),  # as the paper writes it
+    "hinge": pairwise(losses.hinge, *SUMS),
+    "ln_dpo": pairwise(losses.ln_dpo, *SUMS, LENGTHS),
+    "r_dpo": pairwise(losses.r_dpo, *SUMS, LENGTHS),
+    "ld_dpo": pairwise(losses.ld_dpo, POLICY_SHARED, POLICY_TAIL, REFERENCE_SHARED, REFERENCE_TAIL),
+    "scaled_dpo": pairwise(losses.scaled_dpo, *SUMS),
+    "margin_dpo": pairwise(losses.margin_dpo, *SUMS, SCORES),
+    "mm_dpo": pairwise(losses.mm_dpo, *SUMS, SCORES),
+    "margin_mse": pairwise(losses.margin_mse, LOG_RATIO, SCORES),
+    "rpo": pairwise(losses.rpo, *SUMS),
+    "dpop": pairwise(losses.dpop, *SUMS),
+    "cal_dpo": pairwise(losses.cal_dpo, *SUMS),
+    "f_dpo_forward_kl": pairwise(losses.f_dpo_forward_kl, *SUMS),
+    "f_dpo_js": pairwise(losses.f_dpo_js, *SUMS),
+    "f_dpo_alpha": pairwise(losses.f_dpo_alpha, *SUMS),
+    "tdpo1": pairwise(losses.tdpo1, *SUMS, SEQUENCE_KL),
+    "tdpo2": pairwise(losses.tdpo2, *SUMS, SEQUENCE_KL),
+    "exo_pair": pairwise(losses.exo_pair, *SUMS),
+    "nca_pair": pairwise(losses.nca_pair, *SUMS),
+    "apo_zero": pairwise(losses.apo_zero, *SUMS),
+    "apo_down": pairwise(losses.apo_down, *SUMS),
+    "sppo_hard": pairwise(losses.sppo_hard, *SUMS),
+    "discopop": pairwise(losses.discopop, *SUMS),
+    "wpo": pairwise(losses.wpo, *SUMS, ALIGNMENT),
+    "aot": pairwise(losses.aot, POLICY, statistic=batch_match(losses.aot_matched_margins, *SUMS)),
+    "aot_unpaired": pairwise(losses.aot_unpaired, *SUMS, statistic=batch_match(losses.aot_matched_ratios, *SUMS)),
+    "spa": pairwise(losses.spa, *SUMS, POLICY, memory=SPA_THRESHOLD),
+    "bco_pair": pairwise(losses.bco_pair, *SUMS, memory=BCO_SHIFT),
+    # Pairs without a reference.
+    "simpo": pairwise(losses.simpo, AVERAGE),
+    "alphapo": pairwise(losses.alphapo, AVERAGE),
+    "orpo": pairwise(losses.orpo, AVERAGE),
+    "cpo": pairwise(losses.cpo, POLICY, chosen(AVERAGE)),
+    "slic_hf": pairwise(losses.slic_hf, POLICY, chosen(POLICY)),
+    # Thumbs-up and thumbs-down.
+    "kto": unpaired(losses.kto, *SUMS, DESIRABLE, statistic=mismatched_value(losses.kto_kl), mismatched=True),
+    "apo_zero_unpaired": unpaired(losses.apo_zero_unpaired, *SUMS, DESIRABLE),
+    "bco": unpaired(losses.bco, *SUMS, DESIRABLE, WEIGHTS, memory=BCO_SHIFT),
+    # Ranked lists.
+    "plackett_luce": listwise(losses.plackett_luce, *RANKED),
+    "lipo_lambda": listwise(losses.lipo_lambda, *RANKED),
+    "lipo_pair_logistic": listwise(losses.lipo_pair_logistic, *RANKED),
+    "lipo_pair_hinge": listwise(losses.lipo_pair_hinge, *RANKED),
+    "lipo_pointwise_mse": listwise(losses.lipo_pointwise_mse, *SUMS, WIN_RATES, VALID),
+    "lipo_pointwise_sigmoid": listwise(losses.lipo_pointwise_sigmoid, *SUMS, WIN_RATES, VALID),
+    "lipo_softmax": listwise(losses.lipo_softmax, *SUMS, WIN_RATES, VALID),
+    "listnet": listwise(losses.listnet, *RANKED),
+    "info_nca": listwise(losses.info_nca, *RANKED),
+    "nca": listwise(losses.nca, *RANKED),
+    "exo": listwise(losses.exo, *RANKED),
+    "sppo": listwise(losses.sppo, *SUMS, WIN_RATES, VALID),
+    "gpo": listwise(losses.gpo, *SUMS, ADVANTAGES, VALID),
+    "pairwise_mse": listwise(losses.pairwise_mse, LOG_RATIO, SCORES, VALID),
+    # Reward models: a value head (config.model.value_head).
+    "bradley_terry": pairwise(losses.bradley_terry, VALUE),
+    "bradley_terry_margin": pairwise(losses.bradley_terry_margin, VALUE, gap(SCORES)),
+    "bradley_terry_scaled": pairwise(losses.bradley_terry_scaled, VALUE, gap(SCORES)),
+    "bradley_terry_centred": pairwise(losses.bradley_terry_centred, VALUE),
+    "masked_regression": regression(losses.masked_regression, column(VALUE), column(SCORES), column(VALID)),
+    "gpm": pairwise(losses.gpm, VALUES, UNIT_SCALES),
+    # Distributions of frozen models.
     "forward_kl": distillation(losses.forward_kl, TEACHER),
     "reverse_kl": distillation(losses.reverse_kl, TEACHER),
     "generalised_jsd": distillation(losses.generalised_jsd, TEACHER),
     "scaled_jsd": distillation(losses.scaled_jsd, TEACHER),
+    "pld": token_distillation(losses.pld, TEACHER),
+    "binary_kl_norm": distillation(losses.binary_kl_norm, TEACHER),
     "aligndistil": sequence_distillation(losses.aligndistil, TEACHER, REVERSE),
     "aligndistil_constant": sequence_distillation(losses.aligndistil_constant, TEACHER, REVERSE),
     "aligndistil_capped": sequence_distillation(losses.aligndistil_capped, TEACHER, REVERSE),
@@ -47,23 +141,40 @@ METHODS: dict[str, Method] = {
     "aligndistil_theorem1": sequence_distillation(losses.aligndistil_theorem1, TEACHER, REFERENCE),
 }
 
+# TRL 1.16's names, where they are not ours.
+ALIASES: dict[str, str] = {
+    "sigmoid": "dpo",
+    "sigmoid_norm": "ln_dpo",
+    "robust": "robust_dpo",
+}
+
+
+def find_method(name: str) -> Method:
+    """The method of that name, palign's or TRL's.
+
+    Raises:
+        ValueError: there is none; says which is nearest.
+    """
+    own = ALIASES.get(name, name)
+    if own not in METHODS:
+        raise ValueError(f"config.objective.loss_type: {name!r} is not a method{_nearest(name, [*METHODS, *ALIASES])}")
+    return METHODS[own]
+
 
 def resolve_methods(names: Sequence[str], hyper: Mapping[str, float]) -> list[tuple[str, Method, dict[str, float]]]:
-    """Looks the methods up and hands each the hyper-parameters that its loss takes.
+    """Looks the methods up and hands each the hyper-parameters that it takes.
 
     Raises:
         ValueError: an unknown name, a hyper-parameter that no method takes, or one that is missing.
     """
     resolved = []
     for name in names:
-        if name not in METHODS:
-            raise ValueError(f"config.objective.loss_type: {name!r} is not a method{_nearest(name, METHODS)}")
-        accepted = hyper_defaults(METHODS[name])
-        given = {key: hyper.get(key, default) for key, default in accepted.items()}
+        method = find_method(name)
+        given = {key: hyper.get(key, default) for key, default in hyper_defaults(method).items()}
         for key, value in given.items():
             if value is inspect.Parameter.empty:
                 raise ValueError(f"config.objective.{key}: {name} has no default for it; set a number")
-        resolved.append((name, METHODS[name], given))
+        resolved.append((name, method, given))
     known = {key for _, _, given in resolved for key in given}
     for key in hyper:
         if key not in known:
@@ -73,78 +184,14 @@ def resolve_methods(names: Sequence[str], hyper: Mapping[str, float]) -> list[tu
     return resolved
 
 
-def _nearest(name, choices):
+def _nearest(name: str, choices: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(choices), n=1)
     return f" (did you mean {near[0]!r}?)" if near else f" (there are: {', '.join(sorted(choices)) or 'none'})"
 
 
-def roles_read(names: Sequence[str]) -> tuple[frozenset[str], bool]:
-    """The roles whose distributions the methods read, and whether they read the reference's log-probabilities."""
-    methods = [METHODS[name] for name in names]
-    return frozenset(role for m in methods for role in m.frozen), any(m.reference for m in methods)
-
-
-def make_objective(
-    lm: LanguageModel,
-    loss_type: Sequence[str],
-    *,
-    loss_weights: Sequence[float] | None = None,
-    hyper: Mapping[str, float] | None = None,
-    cached_reference: bool = False,
-    chunk: int = 512,
-) -> Objective:
-    """Makes one objective of a weighted list of methods over one forward pass (TRL's `loss_type`, `loss_weights`).
-
-    Args:
-        lm: the model that policy and frozen parameters go through.
-        loss_type: names in `METHODS`, each once.
-        loss_weights: one per method, all 1 by default.
-        hyper: hyper-parameters by name; every method that takes one gets it.
-        cached_reference: the batch brings the reference's log-probabilities, so `aux` needs no reference.
-        chunk: targets per trip of the heads.
-
-    Raises:
-        ValueError: unknown names, wrong number of weights, a hyper-parameter without effect.
-    """
-    weights = _pair_weights(loss_type, loss_weights)
-    methods = resolve_methods(loss_type, hyper or {})
-    frozen, reference = roles_read(loss_type)
-    logps = any(method.logps for _, method, _ in methods)
-    if cached_reference and (REFERENCE in frozen or not reference):
-        raise ValueError(
-            f"config.objective.reference = 'cached': {', '.join(loss_type)} cannot use cached log-probabilities; "
-            "use 'live' where a method reads the reference's distributions, 'none' where it reads no reference"
-        )
-
-    def counts(batch: Batch) -> dict[str, Array]:
-        return {name: method.count(batch) for name, method, _ in methods}
-
-    def loss(params, aux, batch: Batch) -> Terms:
-        forward = run_forward(lm, params, aux, batch, logps=logps, reference=reference, frozen=frozen, chunk=chunk)
-        terms: dict[str, Array] = {}
-        metrics: dict[str, Mean] = token_metrics(forward.tokens, batch) if forward.tokens else {}
-        for name, method, given in methods:
-            terms[name], more = method.term(method, forward, batch, given)
-            metrics |= {key: value for key, value in more.items() if key not in metrics}
-            if len(methods) > 1:
-                metrics[f"loss/{name}"] = Mean(terms[name], method.count(batch))
-        return Terms(terms, jax.tree.map(jax.lax.stop_gradient, metrics))
-
-    live = frozenset() if cached_reference or not reference else frozenset({REFERENCE})
-    return Objective(weights, frozen | live, counts, loss)
-
-
-def _pair_weights(names: Sequence[str], weights: Sequence[float] | None) -> dict[str, float]:
-    weights = [1.0] * len(names) if weights is None else list(weights)
-    if len(weights) != len(names) or len(set(names)) != len(names) or not names:
-        raise ValueError(
-            f"config.objective: loss_type has {len(names)} methods ({', '.join(names)}), loss_weights {len(weights)}; "
-            "name each method once and give it one weight"
-        )
-    return dict(zip(names, weights, strict=True))
-
-
-def total_loss(objective: Objective, terms: Mapping[str, Array], counts: Mapping[str, Array]) -> Array:
-    """`sum_i weight_i * term_i / count_i`; a term without anything to count is 0."""
-    parts = [w * terms[name] / jnp.maximum(counts[name], 1.0) for name, w in objective.weights.items()]
-    return jnp.sum(jnp.stack(parts))
+def needs_of(names: Sequence[str]) -> Needs:
+    """What the forward pass must hold for all the named methods."""
+    needs = Needs()
+    for name in names:
+        needs |= find_method(name).all_needs
+    return needs

@@ -19,6 +19,7 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"layers/mlp/down/kernel", ("layers", "mlp", "embed")),
     (r"layers/\w+_norm/scale", ("layers", "norm")),
     (r"final_norm/scale", ("norm",)),
+    (r"value_head/kernel", ("embed", "values")),
 )
 
 # Logical axis -> the mesh axis that cuts it; what is not here is not cut.

@@ -16,14 +16,17 @@ from palign.data.tokenizers import Tokenizer, load_tokenizer
 from palign.models.protocol import LanguageModel
 from palign.models.transformer import make_language_model
 from palign.objectives.base import REFERENCE, Objective
-from palign.objectives.registry import METHODS, make_objective, resolve_methods, roles_read
+from palign.objectives.compose import make_objective
+from palign.objectives.registry import find_method, needs_of, resolve_methods
 from palign.sharding.mesh import make_mesh, num_row_shards, to_global
 from palign.sharding.rules import parameter_shardings
+from palign.objectives.readings import WEIGHTS
+from palign.train.matching import match_prompts
 from palign.train.metrics import add, to_floats
 from palign.train.optimizer import make_optimizer
 from palign.train.prepare import Prepared, has_preference, prepare, with_vocabulary
 from palign.train.reference import cache_reference
-from palign.train.sources import CONFIG, Source, find_source, load_source
+from palign.train.sources import CONFIG, Source, find_source, load_policy, load_source, without_value_head
 from palign.train.state import TrainState, init_state, state_shardings
 from palign.train.step import make_eval_step, make_train_step
 from palign.types import Mean
@@ -98,7 +101,7 @@ def _first_difference(before: Any, now: Any, key: str = "config") -> str:
 
 
 def _check_preferences(config: RunConfig, data: Prepared) -> None:
-    comparing = [name for name in config.objective.loss_type if METHODS[name].compares]
+    comparing = [name for name in config.objective.loss_type if find_method(name).compares]
     if comparing and not any(has_preference(tree) for tree in data.train.trees):
         raise ValueError(
             f"config.data.path = {config.data.path!r}: no record has two responses of different scores, so "
@@ -129,7 +132,7 @@ def assemble(
     config: RunConfig, workdir: pathlib.Path, mesh: Mesh, data: Prepared, sources: Mapping[str, Source]
 ) -> tuple[Run, TrainState]:
     """Loads the models, makes the objective and compiles nothing yet."""
-    lm = make_language_model(config.model)
+    lm, trunk = make_language_model(config.model), make_language_model(without_value_head(config.model))
     settings = config.objective
     cached = settings.reference == "cached"
     objective = make_objective(
@@ -140,17 +143,20 @@ def assemble(
         cached_reference=cached,
         chunk=settings.head_chunk,
     )
-    places = parameter_shardings(mesh, jax.eval_shape(lm.init, jax.random.key(0)))
-    aux = {role: load_source(sources[role], lm, mesh) for role in sorted(objective.frozen)}
+    places = parameter_shardings(mesh, jax.eval_shape(trunk.init, jax.random.key(0)))
+    aux = {role: load_source(sources[role], trunk, mesh) for role in sorted(objective.frozen)}
+    if any(WEIGHTS in find_method(name).reads for name in settings.loss_type):
+        reference = aux.get(REFERENCE) or load_source(sources[REFERENCE], trunk, mesh)
+        data = match_prompts(data, trunk, reference, mesh, workdir, seed=config.data.seed)
     if cached:
-        data = _with_cached_reference(config, workdir, mesh, lm, data, sources[REFERENCE])
+        data = _with_cached_reference(config, workdir, mesh, trunk, data, sources[REFERENCE])
     tx = make_optimizer(config.optimizer, data.train.num_steps)
-    start = load_source(sources["init"], lm, mesh) if "init" in sources else None
-    state = init_state(mesh, lm, tx, seed=config.train.seed, params=start)
-    shardings = state_shardings(mesh, lm, tx)
+    start = load_policy(sources["init"], config, mesh) if "init" in sources else None
+    state = init_state(mesh, lm, tx, seed=config.train.seed, params=start, init_carry=objective.init_carry)
+    shardings = state_shardings(mesh, lm, tx, objective.init_carry)
     aux_places = dict.fromkeys(aux, places)
     train_step = make_train_step(objective, tx, mesh, shardings, aux_places)
-    eval_step = make_eval_step(objective, mesh, places, aux_places)
+    eval_step = make_eval_step(objective, mesh, shardings.params, aux_places)
     return Run(config, workdir, mesh, lm, data, objective, aux, shardings, train_step, eval_step), state
 
 
@@ -162,7 +168,7 @@ def _check_best_metric(made: Run, state: TrainState) -> None:
     for name, dataset in made.data.evals.items():
         with jax.set_mesh(made.mesh):
             batch = dataset.step_batch(0, micro_batches=1)
-            metrics = jax.eval_shape(made.eval_step.compiled, state.params, made.aux, batch)
+            metrics = jax.eval_shape(made.eval_step.compiled, state.params, state.carry, made.aux, batch)
         names |= {f"eval_{name}_{metric}" for metric in (*metrics, "loss")}
     if best not in names:
         raise ValueError(
@@ -179,14 +185,18 @@ def check_config(config: RunConfig) -> None:
     """
     settings, methods = config.objective, ", ".join(config.objective.loss_type)
     resolve_methods(settings.loss_type, settings.hyper)
-    frozen, reference = roles_read(settings.loss_type)
-    reads = frozen | ({REFERENCE} if reference else frozenset())
+    needs = needs_of(settings.loss_type)
+    reads = needs.frozen | ({REFERENCE} if needs.reference else frozenset())
     if REFERENCE in reads and settings.reference == "none":
         raise ValueError(f"config.objective.reference = 'none': {methods} reads a reference; use 'live' or 'cached'")
     for role in sorted(reads - config.sources.keys()):
         raise ValueError(f"config.{role}_from: must be set, {methods} reads it; name a stage or a run's workdir")
     for role in sorted(config.sources.keys() - reads):
         raise ValueError(f"config.{role}_from has no effect on {methods}; remove it")
+    if needs.values and not config.model.value_head:
+        raise ValueError(f"config.model.value_head = 0: {methods} trains a value head; use 1 for a reward model")
+    if config.model.value_head and not needs.values:
+        raise ValueError(f"config.model.value_head has no effect on {methods}; use 0")
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 1)  # the tokenizer's, not known yet
     make_objective(
         make_language_model(model),
@@ -207,13 +217,19 @@ def _with_cached_reference(config, workdir, mesh, lm, data: Prepared, source: So
     return data._replace(train=cache("train", data.train), evals=evals)
 
 
-def evaluate(made: Run, params: Any) -> dict[str, float]:
-    """Metrics of every held-out set, each example counted once, as `eval_SET_METRIC`."""
+def evaluate(made: Run, params: Any, carry: dict[str, Any]) -> dict[str, float]:
+    """Metrics of every held-out set, each example counted once, as `eval_SET_METRIC`.
+
+    Args:
+        made: the run.
+        params: the policy.
+        carry: what methods remember of training (BCO's shift), so that the loss is the one that is trained.
+    """
     values: dict[str, float] = {}
     for name, dataset in made.data.evals.items():
         total: dict[str, Mean] | None = None
         for _, batch in batches(dataset, start_step=0, micro_batches=1):
-            total = add(total, made.eval_step(params, made.aux, to_global(made.mesh, batch)))
+            total = add(total, made.eval_step(params, carry, made.aux, to_global(made.mesh, batch)))
         assert total is not None
         means = to_floats(total)
         weights = made.objective.weights

@@ -1,6 +1,7 @@
 """Checkpoints through Orbax: the state, the run's facts, and weights alone for those who only read them.
 
-A step holds two items, `params` and `rest` (step counter and optimizer), and JSON facts of the run: what the data is
+A step holds the items `params`, `rest` (step counter and optimizer) and, where methods remember anything, `carry`, and
+JSON facts of the run: what the data is
 and the resolved config; where the data stands is the step itself. Orbax commits a step atomically; the newest `keep`
 steps stay, and the best one by a named metric.
 """
@@ -78,12 +79,14 @@ class Checkpoints:
         """Loads the newest step into the places that `shapes` (with shardings) gives."""
         items = self._orbax.load_checkpointables(self.steps[-1], _items(shapes))
         facts = self._orbax.checkpointables_metadata(self.steps[-1]).custom_metadata
-        return items["rest"]._replace(params=items["params"]), dict(facts)
+        state = items["rest"]._replace(params=items["params"], carry=items.get("carry", {}))
+        return state, dict(facts)
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """Weights apart, so that they can be read without the rest."""
-    return {"params": state.params, "rest": state._replace(params={})}
+    """Weights and carry apart, so that they can be read without the rest."""
+    carry = {"carry": state.carry} if state.carry else {}
+    return {"params": state.params, "rest": state._replace(params={}, carry={}), **carry}
 
 
 def load_params(workdir: pathlib.Path, which: str, shapes: Any) -> Any:
@@ -105,6 +108,21 @@ def load_params(workdir: pathlib.Path, which: str, shapes: Any) -> Any:
         step = _choose(workdir, which, steps)
         _check_shapes(f"{workdir}@{step}", orbax.checkpointables_metadata(step).metadata["params"], shapes)
         return orbax.load_checkpointables(step, {"params": shapes})["params"]
+
+
+def load_carry(workdir: pathlib.Path, which: str, shapes: Any) -> Any:
+    """Loads what a run's methods remembered at a checkpoint.
+
+    Args:
+        workdir: of the run, whose parameters have been loaded (so the checkpoint is there).
+        which: as in `load_params`.
+        shapes: `jax.ShapeDtypeStruct`s with shardings; nothing is read where there are none.
+    """
+    if not shapes:
+        return shapes
+    with ocp.training.Checkpointer((workdir / FOLDER).absolute()) as orbax:
+        step = _choose(workdir, which, {checkpoint.step: checkpoint for checkpoint in orbax.checkpoints})
+        return orbax.load_checkpointables(step, {"carry": shapes})["carry"]
 
 
 def _choose(workdir: pathlib.Path, which: str, steps: Mapping[int, Any]) -> int:

@@ -3,8 +3,11 @@
 import dataclasses
 import pathlib
 
+import jax
+
 from palign.sharding.mesh import make_mesh
 from palign.train.build import assemble, evaluate, find_sources
+from palign.train.checkpoint import load_carry
 from palign.train.prepare import prepare
 from palign.train.sources import Source, load_source, read_config
 
@@ -39,5 +42,9 @@ def evaluate_run(name: str, path: str = "") -> dict[str, float]:
     # Nothing is trained: neither where the policy began nor the schedule over these records matters.
     optimizer = dataclasses.replace(config.optimizer, schedule="constant", warmup_steps=0, warmup_ratio=None)
     config = dataclasses.replace(config, init_from="", optimizer=optimizer)
-    made, _ = assemble(config, workdir, mesh, data, find_sources(config, workdir))
-    return evaluate(made, load_source(Source(workdir, which or "last"), made.lm, mesh))
+    made, state = assemble(config, workdir, mesh, data, find_sources(config, workdir))
+    params = load_source(Source(workdir, which or "last"), made.lm, mesh)
+    shapes = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state.carry, made.shardings.carry
+    )
+    return evaluate(made, params, load_carry(workdir, which or "last", shapes))

@@ -92,7 +92,7 @@ def _train(made: Run, state: TrainState, checkpoints: Checkpoints) -> dict[str, 
                 pending = (step + 1, metrics, host.example_id)
                 last, fresh = step + 1 == num_steps, {}
                 if last or (train.eval_every and (step + 1) % train.eval_every == 0):
-                    evaluated = fresh = evaluate(made, state.params)
+                    evaluated = fresh = evaluate(made, state.params, state.carry)
                     if evaluated:
                         writer.write(step + 1, evaluated)
                 if last or (step + 1) % train.checkpoint_every == 0:

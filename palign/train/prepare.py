@@ -12,8 +12,9 @@ from palign.data.pack import RowShape, row_shape
 from palign.data.plan import fill_ratio, fit_trees, plan_epochs, plan_evaluation, plan_padded, row_needs
 from palign.data.readers import read_records
 from palign.data.records import Record, best_response
-from palign.data.tokenize import TokenTree, tokenize_records
+from palign.data.tokenize import TokenTree, add_mismatched, tokenize_records
 from palign.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
+from palign.objectives.registry import find_method
 from palign.train.metrics import say
 from palign.train.sources import CONFIG
 
@@ -61,6 +62,8 @@ def prepare(config: RunConfig, workdir: pathlib.Path, inherited: pathlib.Path | 
     sets = read_sets(data)
     tokenizer = _prepare_tokenizer(config, workdir, inherited, sets["train"])
     trees = {name: _tokenise(name, records, tokenizer, data) for name, records in sets.items()}
+    if any(find_method(name).mismatched for name in config.objective.loss_type):
+        trees = {name: _mismatch(name, part, data) for name, part in trees.items()}
     responses = max(len(tree.responses) for part in trees.values() for tree in part)
     shape = row_shape(
         data.row_length,
@@ -115,12 +118,21 @@ def _prepare_tokenizer(config, workdir, inherited, records: Sequence[Record]) ->
 
 def _tokenise(name: str, records: Sequence[Record], tokenizer: Tokenizer, data: DataConfig) -> list[TokenTree]:
     trees, counts = tokenize_records(records, tokenizer, max_length=data.max_length)
-    counts["without_a_preference"] = sum(len(tree.responses) > 1 and not has_preference(tree) for tree in trees)
+    counts["without_a_preference"] = sum(len(tree.scores) > 1 and not has_preference(tree) for tree in trees)
     say(f"{name}: {_counted(counts)}")
     if not trees:
         raise ValueError(
             f"config.data: no record of {name!r} is left; raise config.data.max_length = {data.max_length}"
         )
+    return trees
+
+
+def _mismatch(name: str, trees: list[TokenTree], data: DataConfig) -> list[TokenTree]:
+    try:
+        trees, counts = add_mismatched(trees, max_length=data.max_length)
+    except ValueError as error:
+        raise ValueError(f"config.data ({name}): {error}") from None
+    say(f"{name}: one response to another prompt added to each, {_counted(counts)}")
     return trees
 
 

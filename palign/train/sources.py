@@ -1,5 +1,6 @@
 """Where models come from: a stage's name, a run's workdir, `@step`, `@last` or `@best` behind either."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -10,10 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from palign.config.load import resolve_run
-from palign.config.schema import RunConfig
+from palign.config.schema import ModelConfig, RunConfig
 from palign.data.tokenizers import Tokenizer, load_tokenizer
 from palign.models.protocol import LanguageModel
 from palign.models.transformer import make_language_model
+from palign.models.value_head import new_value_head
 from palign.sharding.mesh import make_mesh
 from palign.sharding.rules import parameter_shardings
 from palign.train.checkpoint import load_params
@@ -74,6 +76,22 @@ def load_source(source: Source, lm: LanguageModel, mesh: Mesh) -> Any:
     places = parameter_shardings(mesh, shapes)
     targets = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
     return load_params(source.workdir, source.which, targets)
+
+
+def without_value_head(model: ModelConfig) -> ModelConfig:
+    """The language model alone."""
+    return dataclasses.replace(model, value_head=0)
+
+
+def load_policy(source: Source, config: RunConfig, mesh: Mesh) -> Any:
+    """Loads what the policy starts from; a language model becomes a reward model with a new value head."""
+    lm, stored = make_language_model(config.model), read_config(source.workdir).model.value_head
+    if stored or not config.model.value_head:
+        return load_source(source, lm, mesh)
+    trunk = load_source(source, make_language_model(without_value_head(config.model)), mesh)
+    head = new_value_head(jax.random.key(config.train.seed), config.model.value_head, config.model.dim)
+    places = parameter_shardings(mesh, {"value_head": head})
+    return trunk | jax.device_put({"value_head": head}, places)
 
 
 class Loaded(NamedTuple):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from palign.objectives.base import Objective
-from palign.objectives.registry import total_loss
+from palign.objectives.base import Context, Objective
+from palign.objectives.compose import total_loss
 from palign.sharding.mesh import SHARED, row_sharding
 from palign.train.optimizer import global_norm
 from palign.train.state import TrainState
@@ -29,6 +29,8 @@ def make_train_step(
 
     The objective's denominators are summed over the whole global batch first; then one float32 accumulator takes the
     gradient of sum_i weight_i * term_i / count_i over the micro-batches, so any micro-batching gives the same update.
+    Where a method asks for numbers of the whole batch, a forward-only pass over it comes before; what methods remember
+    is updated after.
     A loss or gradient that is not finite leaves parameters and optimizer as they were and is counted in the state.
 
     Args:
@@ -44,7 +46,8 @@ def make_train_step(
 
     def step(state: TrainState, aux: Mapping[str, Any], batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
         counts = sum_micro_batches(lambda micro: objective.counts(micro), batch)
-        total, gradient, metrics = _accumulate(objective, state.params, aux, batch, counts)
+        statistics = measure_batch(objective, state.params, aux, batch)
+        total, gradient, metrics, seen = _accumulate(objective, state, aux, batch, statistics, counts)
         norm = global_norm(gradient)
         updates, opt_state = tx.update(_cast_like(gradient, state.params), state.opt_state, state.params)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
@@ -62,6 +65,7 @@ def make_train_step(
             keep(optax.apply_updates(state.params, updates), state.params),
             keep(opt_state, state.opt_state),
             nonfinite,
+            keep(objective.update_carry(state.carry, seen), state.carry),
         ), metrics
 
     whole, rows = NamedSharding(mesh, SHARED), row_sharding(mesh, axis=1)
@@ -77,40 +81,49 @@ def make_train_step(
 def make_eval_step(
     objective: Objective, mesh: Mesh, params_shardings: Any, aux_shardings: Mapping[str, Any]
 ) -> Callable:
-    """Makes `evaluate(params, aux, batch) -> metrics`, summed over the batch, to be added over batches."""
+    """Makes `evaluate(params, carry, aux, batch) -> metrics`, summed over the batch, to be added over batches."""
 
-    def evaluate(params: Any, aux: Mapping[str, Any], batch: Batch) -> dict[str, Mean]:
-        def one(micro):
-            counts, out = objective.counts(micro), objective.loss(params, aux, micro)
+    def evaluate(params: Any, carry: dict[str, Any], aux: Mapping[str, Any], batch: Batch) -> dict[str, Mean]:
+        def one(micro, statistics):
+            counts, out = objective.counts(micro), objective.loss(params, aux, micro, Context(statistics, carry))
             terms = {f"loss/{name}": Mean(out.terms[name], counts[name]) for name in counts}
             return out.metrics | terms
 
-        return sum_micro_batches(one, batch)
+        return sum_micro_batches(one, batch, measure_batch(objective, params, aux, batch))
 
-    rows = row_sharding(mesh, axis=1)
-    compiled = jax.jit(evaluate, in_shardings=(params_shardings, dict(aux_shardings), rows))
+    rows, whole = row_sharding(mesh, axis=1), NamedSharding(mesh, SHARED)
+    compiled = jax.jit(evaluate, in_shardings=(params_shardings, whole, dict(aux_shardings), rows))
     return _in_mesh(compiled, mesh)
 
 
-def sum_micro_batches(function: Callable[[Batch], Any], batch: Batch) -> Any:
-    """Adds a function's results up over the micro-batches of `[A, R, ...]` leaves."""
-    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], batch))
+def measure_batch(objective: Objective, params: Any, aux: Mapping[str, Any], batch: Batch) -> dict[str, Array]:
+    """Statistics of the whole batch, `[A, ...]`: one slice for each micro-batch; nothing is run where none is asked."""
+    if objective.statistics is None:
+        return {}
+    measure = objective.statistics
+    stacked = jax.lax.scan(lambda _, micro: (None, measure(params, aux, micro)), None, batch)[1]
+    return jax.lax.stop_gradient(objective.combine(stacked))
+
+
+def sum_micro_batches(function: Callable[..., Any], *trees: Any) -> Any:
+    """Adds a function's results up over the micro-batches of trees with leaves `[A, ...]`."""
+    shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], trees))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(lambda total, micro: (jax.tree.map(jnp.add, total, function(micro)), None), zeros, batch)[0]
+    return jax.lax.scan(lambda total, micro: (jax.tree.map(jnp.add, total, function(*micro)), None), zeros, trees)[0]
 
 
-def _accumulate(objective, params, aux, batch, counts) -> tuple[Array, Any, dict[str, Mean]]:
-    def loss(params, micro):
-        out = objective.loss(params, aux, micro)
-        return total_loss(objective, out.terms, counts), out.metrics
+def _accumulate(objective, state, aux, batch, statistics, counts) -> tuple[Array, Any, dict[str, Mean], dict[str, Any]]:
+    def loss(params, micro, statistics):
+        out = objective.loss(params, aux, micro, Context(statistics, state.carry))
+        return total_loss(objective, out.terms, counts), (out.metrics, out.observations)
 
-    def one(micro):
-        (total, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, micro)
-        return total, jax.tree.map(lambda g: g.astype(jnp.float32), gradient), metrics
+    def one(micro, statistics):
+        (total, (metrics, seen)), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, micro, statistics)
+        return total, jax.tree.map(lambda g: g.astype(jnp.float32), gradient), metrics, seen
 
     if batch.token.shape[0] == 1:
-        return one(jax.tree.map(lambda x: x[0], batch))
-    return sum_micro_batches(one, batch)
+        return one(*jax.tree.map(lambda x: x[0], (batch, statistics)))
+    return sum_micro_batches(one, batch, statistics)
 
 
 def _cast_like(tree, like):

@@ -28,7 +28,7 @@ def write(tmp_path, *rows, name="d.jsonl"):
         ({"prompt": "q", "responses": ["a", "b", "c"], "scores": [0, 2.5, 2.5]}, "q", ("a", "b", "c"), (0.0, 2.5, 2.5)),
         ({"prompt": "q", "responses": ["a", "b"], "rank": [1, 2]}, "q", ("a", "b"), (-1.0, -2.0)),
         ({"prompt": "q", "completion": "a", "label": True}, "q", ("a",), (1.0,)),
-        ({"prompt": "q", "completion": "a", "label": False}, "q", ("a",), (0.0,)),
+        ({"prompt": "q", "completion": "a", "label": False}, "q", ("a",), (-1.0,)),
         ({"prompt": "q", "completion": ""}, "q", ("",), (0.0,)),
         ({"text": "t"}, "", ("t",), (0.0,)),
     ],

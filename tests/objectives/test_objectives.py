@@ -1,5 +1,6 @@
 """Denominators, mixtures and what an objective refuses."""
 
+import functools
 import inspect
 
 import jax
@@ -10,9 +11,10 @@ import pytest
 from palign.config.schema import ObjectiveConfig
 from palign.data.tokenize import TokenTree
 from palign.objectives import methods
-from palign.objectives.base import lengths_by_slot, sum_by_slot
-from palign.objectives.registry import METHODS, hyper_defaults, make_objective, resolve_methods, total_loss
-from tests.trees import make_batch, random_trees, tiny_model
+from palign.objectives.base import hyper_defaults, lengths_by_slot, sum_by_slot
+from palign.objectives.compose import make_objective, total_loss
+from palign.objectives.registry import METHODS, resolve_methods
+from tests.trees import evaluate_objective, make_batch, random_trees, tiny_model
 
 
 def tree(id, *scored_lengths):
@@ -83,12 +85,7 @@ def test_a_mixture_is_the_weighted_sum_of_its_means_over_one_forward_pass():
         objective = make_objective(lm, names, loss_weights=weights, hyper={}, chunk=16)
         aux = {role: other for role in objective.frozen}
 
-        @jax.jit
-        def loss(params, aux, batch):
-            out = objective.loss(params, aux, batch)
-            return total_loss(objective, out.terms, objective.counts(batch)), out.metrics
-
-        return loss(params, aux, batch)
+        return jax.jit(functools.partial(evaluate_objective, objective))(params, aux, batch)
 
     mixed, metrics = run(["dpo", "sft"], [2.0, 0.25])
     dpo, sft = (metrics[f"loss/{name}"].sum / metrics[f"loss/{name}"].count for name in ("dpo", "sft"))

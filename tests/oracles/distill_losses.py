@@ -61,6 +61,23 @@ def aligndistil(student, dpo, reverse, beta0, scale, epsilon):
     return beta0 / alpha(dpo, reverse, scale, epsilon) * adaptive_kl(student, dpo, reverse, scale, epsilon)
 
 
+def aligndistil_constant(student, dpo, reverse, beta0, scale, epsilon=1e-3):
+    return beta0 * adaptive_kl(student, dpo, reverse, scale, epsilon)
+
+
+def aligndistil_capped(student, dpo, reverse, beta0, cap, scale=20.0, epsilon=1e-3):
+    weight = min(beta0 / alpha(dpo, reverse, scale, epsilon), cap)
+    return weight * adaptive_kl(student, dpo, reverse, scale, epsilon)
+
+
+def forward_kl(student, teacher):
+    return kl(teacher, student)
+
+
+def scaled_jsd(student, teacher, beta):
+    return jsd(student, teacher, beta) / (beta * (1 - beta))
+
+
 def per_position(function, *logits, **options):
     """Apply a function of vectors of logits to arrays `[..., V]`."""
     arrays = [np.asarray(values, np.float64) for values in logits]

@@ -1,3 +1,3 @@
-"""The generator needs torch and is run by hand: pytest must not import it for doctests."""
+"""The generators need torch or rax and are run by hand: pytest must not import them for doctests."""
 
-collect_ignore = ["make_trl_fixture.py"]
+collect_ignore = ["make_rax_fixture.py", "make_trl_fixture.py"]

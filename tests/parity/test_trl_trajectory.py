@@ -19,7 +19,7 @@ from palign.data.tokenize import TokenTree
 from palign.heads.target_values import target_logps
 from palign.models.config import padded_vocabulary
 from palign.models.transformer import make_language_model
-from palign.objectives.registry import make_objective
+from palign.objectives.compose import make_objective
 from palign.sharding.mesh import make_mesh, to_global
 from palign.sharding.rules import parameter_shardings
 from palign.train.metrics import to_floats

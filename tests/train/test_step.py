@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding
 
 from palign.heads.target_values import target_logps
 from palign.models.transformer import make_language_model
-from palign.objectives.base import Objective
-from palign.objectives.registry import make_objective
+from palign.objectives.base import Context, Objective
+from palign.objectives.compose import make_objective
 from palign.sharding.mesh import SHARED, make_mesh, to_global
 from palign.train.state import init_state, new_state, state_shardings
 from palign.train.step import make_eval_step, make_train_step
@@ -176,7 +176,8 @@ def test_the_state_is_donated_and_the_frozen_model_is_not():
 def test_the_reference_gets_no_gradient():
     lm = make_language_model(MODEL)
     objective = make_objective(lm, ["dpo"], hyper={"beta": 0.1}, chunk=16)
-    loss = lambda reference, policy, batch: objective.loss(policy, {"reference": reference}, batch).terms["dpo"]
+    nothing = Context({}, {})
+    loss = lambda reference, policy, batch: objective.loss(policy, {"reference": reference}, batch, nothing).terms["dpo"]
     policy, reference = params()
     gradient = jax.jit(jax.grad(loss))(reference, policy, rows())
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(gradient))
@@ -258,7 +259,7 @@ def test_evaluation_adds_up_over_micro_batches_and_agrees_with_training():
     objective = make_objective(lm, ["dpo", "sft"], loss_weights=[1.0, 0.5], hyper={"beta": 0.1}, chunk=16)
     evaluate = make_eval_step(objective, mesh, run.shardings.params, {"reference": run.aux_shardings})
     policy, reference = params()
-    metrics = evaluate(policy, run.aux(reference=reference), run.batch(rows()))
+    metrics = evaluate(policy, {}, run.aux(reference=reference), run.batch(rows()))
     trained = result(*LAYOUTS["1x16"])[1]
     for name in ("loss/dpo", "loss/sft", "rewards/margins", "rewards/accuracies", "entropy"):
         np.testing.assert_allclose(metrics[name].sum / metrics[name].count, trained[name], rtol=2e-6, err_msg=name)
@@ -272,7 +273,7 @@ def test_gradients_of_bfloat16_parameters_are_added_up_in_float32():
         weights={"linear": 1.0},
         frozen=frozenset(),
         counts=lambda batch: {"linear": jnp.float32(0)},
-        loss=lambda params, aux, batch: Terms({"linear": jnp.float32(1e-3) * params["embedding"][0, 0]}, {}),
+        loss=lambda params, aux, batch, context: Terms({"linear": 1e-3 * params["embedding"][0, 0]}, {}, {}),
     )
     mesh = make_mesh(devices=jax.devices()[:1])
     bf16 = {"embedding": jnp.zeros((2, 2), jnp.bfloat16)}

@@ -1,0 +1,208 @@
+"""Diagnostics by name, as undivided means over a batch, to be logged beside a method's own metrics."""
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from palign.eval.difficulty import difficulty
+from palign.eval.displacement import ches, displacement, length_normalised_ches
+from palign.eval.ranking import (
+    flip_buckets,
+    full_ranking_accuracy,
+    idealised_ranking_accuracy,
+    implicit_reward_accuracy,
+    ranking_accuracy,
+)
+from palign.sharding.mesh import ROWS, over_rows
+from palign.types import Array, Batch, Mean
+
+
+class Pairs(NamedTuple):
+    """The listed pairs of a batch, B = R * P of them, padding included; 0 = preferred, 1 = other on axis 1."""
+
+    policy: Array  # [B, 2] summed log-probabilities, nats
+    lengths: Array  # [B, 2] tokens, at least 1
+    reference: Array  # [B, 2], or None where no diagnostic that was asked for reads it
+    hidden_sums: Array  # [B, 2, D], or None
+    beta: Array  # []
+
+
+class Lists(NamedTuple):
+    """The examples of a batch, B = R * G of them, padding included."""
+
+    policy: Array  # [B, K] summed log-probabilities, nats
+    scores: Array  # [B, K]
+    valid: Array  # [B, K] bool
+
+
+class Diagnostic(NamedTuple):
+    """A number for each pair, or for each list, and what it is made of.
+
+    Attributes:
+        values: `(Pairs) -> [B]`, or `(Lists) -> [B]` where `lists` is set.
+        reference: whether it reads the reference's log-probabilities.
+        hidden: whether it reads sums of hidden states.
+        lists: whether it is about whole examples; its mean is over those that hold a preference.
+    """
+
+    values: Callable[..., Array]
+    reference: bool = False
+    hidden: bool = False
+    lists: bool = False
+
+
+class Needs(NamedTuple):
+    """What some diagnostics read together, so that nothing else is computed."""
+
+    reference: bool
+    hidden: bool
+
+
+def _change(pairs: Pairs) -> Array:
+    return displacement(pairs.policy, pairs.reference)
+
+
+def _flips(pairs: Pairs) -> Array:
+    return flip_buckets(ranking_accuracy(pairs.policy), ranking_accuracy(pairs.reference))
+
+
+# Changes are against the reference: under DPO, the model that training began from.
+DIAGNOSTICS: dict[str, Diagnostic] = {
+    "diagnostics/ches": Diagnostic(lambda p: ches(p.hidden_sums), hidden=True),
+    "diagnostics/ches_normalised": Diagnostic(lambda p: length_normalised_ches(p.hidden_sums, p.lengths), hidden=True),
+    "diagnostics/ranking_accuracy": Diagnostic(lambda p: ranking_accuracy(p.policy)),
+    "diagnostics/ranking_accuracy_normalised": Diagnostic(lambda p: ranking_accuracy(p.policy / p.lengths)),
+    "diagnostics/full_ranking_accuracy": Diagnostic(lambda l: full_ranking_accuracy(*l), lists=True),
+    "diagnostics/implicit_reward_accuracy": Diagnostic(
+        lambda p: implicit_reward_accuracy(p.policy, p.reference), reference=True
+    ),
+    "diagnostics/idealised_ranking_accuracy": Diagnostic(
+        lambda p: idealised_ranking_accuracy(p.reference, beta=p.beta), reference=True
+    ),
+    "diagnostics/difficulty": Diagnostic(lambda p: difficulty(p.reference), reference=True),
+    "diagnostics/displacement": Diagnostic(lambda p: _change(p).chosen, reference=True),
+    "diagnostics/displacement_rejected": Diagnostic(lambda p: _change(p).rejected, reference=True),
+    "diagnostics/displaced": Diagnostic(lambda p: _change(p).displaced, reference=True),
+    "diagnostics/turned_right": Diagnostic(lambda p: _flips(p).turned_right, reference=True),
+    "diagnostics/turned_wrong": Diagnostic(lambda p: _flips(p).turned_wrong, reference=True),
+}
+
+
+def needs(names: Sequence[str]) -> Needs:
+    """What the named diagnostics read.
+
+    Args:
+        names: keys of `DIAGNOSTICS`.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest one.
+    """
+    found = [_named(name) for name in names]
+    return Needs(any(d.reference for d in found), any(d.hidden for d in found))
+
+
+def diagnose(
+    names: Sequence[str],
+    policy_logps: Array,
+    lengths: Array,
+    batch: Batch,
+    *,
+    reference_logps: Array | None = None,
+    hidden_sums: Array | None = None,
+    beta: float | Array = 0.1,
+) -> dict[str, Mean]:
+    """Evaluates diagnostics on a batch, under jit if need be; no gradient flows through them.
+
+    Args:
+        names: keys of `DIAGNOSTICS`.
+        policy_logps: `[R, slots]` (slots = 1 + G * K), log-probabilities of the responses under the policy, in nats,
+            summed over their tokens.
+        lengths: `[R, slots]`, tokens of the responses; 0 counts as 1.
+        batch: its pairs, scores and `valid` are read.
+        reference_logps: `[R, slots]` under the reference, where `needs(names).reference`.
+        hidden_sums: `[R, slots, D]` of `hidden_sums_by_slot`, where `needs(names).hidden`.
+        beta: of the loss, for the idealised accuracy.
+
+    Returns:
+        name -> its sum and count over the listed pairs (or the examples that hold a preference) of the batch.
+
+    Raises:
+        ValueError: an unknown name, something that is read and was not given, or a wrong shape.
+    """
+    wanted = needs(names)
+    by_slot = {"policy_logps": policy_logps, "lengths": lengths}
+    if wanted.reference:
+        by_slot["reference_logps"] = reference_logps
+    if wanted.hidden:
+        by_slot["hidden_sums"] = hidden_sums
+    _check_by_slot(names, by_slot, batch)
+    by_slot = jax.lax.stop_gradient(by_slot)
+    at = {name: at_pairs(values, batch) for name, values in by_slot.items()}
+    pairs = Pairs(
+        at["policy_logps"],
+        jnp.maximum(at["lengths"], 1).astype(jnp.float32),
+        at.get("reference_logps"),
+        at.get("hidden_sums"),
+        jax.lax.stop_gradient(jnp.asarray(beta, jnp.float32)),
+    )
+    listed = batch.pairs[..., 0].reshape(-1) > 0
+    lists, compared = _lists(by_slot["policy_logps"], batch)
+    means = {}
+    for name in names:
+        diagnostic = DIAGNOSTICS[name]
+        values, counted = (lists, compared) if diagnostic.lists else (pairs, listed)
+        means[name] = _mean(diagnostic.values(values), counted)
+    return means
+
+
+def at_pairs(by_slot: Array, batch: Batch) -> Array:
+    """Values of the listed pairs.
+
+    Args:
+        by_slot: `[R, slots, ...]`.
+        batch: its `pairs` `[R, P, 2]` say which slots are compared; 0 = padding, which reads slot 0.
+
+    Returns:
+        `[R * P, 2, ...]`, preferred response first.
+    """
+    # Each device its own rows: partitioned automatically, this gather would move whole activations.
+    found = over_rows(jax.vmap(lambda values, pairs: values[pairs]), (ROWS, ROWS), ROWS)(by_slot, batch.pairs)
+    return found.reshape(-1, *found.shape[2:])
+
+
+def _lists(policy_logps: Array, batch: Batch) -> tuple[Lists, Array]:
+    """The examples, and which of them hold two responses of different scores."""
+    K = batch.valid.shape[2]
+    scores, valid = batch.scores.reshape(-1, K), batch.valid.reshape(-1, K)
+    top = jnp.max(jnp.where(valid, scores, -jnp.inf), axis=-1)
+    bottom = jnp.min(jnp.where(valid, scores, jnp.inf), axis=-1)
+    return Lists(policy_logps[:, 1:].reshape(-1, K), scores, valid), top > bottom
+
+
+def _mean(values: Array, counted: Array) -> Mean:
+    total = jnp.sum(jnp.where(counted, values.astype(jnp.float32), 0.0))
+    return Mean(total, jnp.sum(counted).astype(jnp.float32))
+
+
+def _named(name: str) -> Diagnostic:
+    if name not in DIAGNOSTICS:
+        near = difflib.get_close_matches(name, DIAGNOSTICS, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else f"; there are {', '.join(DIAGNOSTICS)}"
+        raise ValueError(f"{name!r} is not a diagnostic{hint}")
+    return DIAGNOSTICS[name]
+
+
+def _check_by_slot(names: Sequence[str], by_slot: dict[str, Array], batch: Batch) -> None:
+    R, G, K = batch.valid.shape
+    for name, array in by_slot.items():
+        if array is None:
+            raise ValueError(f"diagnose: {name} is None, and {', '.join(names)} read it; give it, or ask for others")
+        shape, rank = jnp.shape(array), 3 if name == "hidden_sums" else 2
+        if len(shape) != rank or shape[:2] != (R, 1 + G * K):
+            raise ValueError(
+                f"diagnose: {name} has shape {list(shape)}; expected [{R}, {1 + G * K}{', D' if rank == 3 else ''}], "
+                "one for each slot of the batch"
+            )
