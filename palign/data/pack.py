@@ -352,7 +352,12 @@ def _check_tree(tree: TokenTree, shape: RowShape) -> None:
             f"example {tree.id} has {K} responses; expected 1 to {shape.responses}: raise RowShape.responses "
             "or use the oversize policy 'subset'"
         )
-    if len(tree.scores) not in (K, K - 1) or not tree.scores or not tree.prompt.size or not all(response.size for response in tree.responses):
+    if (
+        len(tree.scores) not in (K, K - 1)
+        or not tree.scores
+        or not tree.prompt.size
+        or not all(response.size for response in tree.responses)
+    ):
         raise ValueError(
             f"example {tree.id} has {tree.prompt.size} prompt tokens, responses of {[r.size for r in tree.responses]} "
             f"tokens and {len(tree.scores)} scores; expected at least one token in each and one score a response"

@@ -6,7 +6,7 @@ docstring says otherwise. Pairs are `[B, 2]` with column 0 chosen, lists `[B, K]
 bf16 are computed in f32. Nothing but jax, numpy, chex and jaxtyping is imported.
 """
 
-from palign.losses import dense
+from palign.losses import dense, experimental
 from palign.losses.distill import (
     Teacher,
     adaptive_teacher,
@@ -25,6 +25,7 @@ from palign.losses.distill import (
     scaled_jsd,
     theorem1_teacher,
 )
+from palign.losses.experimental import f_sft, prompt_gaps, rank_list  # noqa: F401  (loads losses.experimental.*)
 from palign.losses.listwise.contrastive import exo, info_nca, listnet, nca
 from palign.losses.listwise.lipo import (
     lipo_lambda,
@@ -36,6 +37,7 @@ from palign.losses.listwise.lipo import (
 )
 from palign.losses.listwise.plackett_luce import plackett_luce
 from palign.losses.listwise.self_play import gpo, sppo
+from palign.losses.matching import PromptClassifier, desirable_probability, fit_prompt_classifier, udm_weights
 from palign.losses.pairwise.calibrated import apo_down, apo_zero, exo_pair, nca_pair, sppo_hard
 from palign.losses.pairwise.discovered import discopop
 from palign.losses.pairwise.dpo import dpo, implicit_rewards
@@ -55,9 +57,31 @@ from palign.losses.pairwise.tdpo import tdpo1, tdpo2
 from palign.losses.pairwise.transport import aot, aot_matched_margins, aot_matched_ratios, aot_unpaired
 from palign.losses.pairwise.weighted import wpo, wpo_weights
 from palign.losses.ranking_distill import binary_kl_norm, margin_mse, pairwise_mse, pld
-from palign.losses.supervised import nll
+from palign.losses.reward import (
+    bradley_terry,
+    bradley_terry_centred,
+    bradley_terry_margin,
+    bradley_terry_scaled,
+    gpm,
+    gpm_scores,
+    masked_regression,
+)
+from palign.losses.supervised import dft, nll
+from palign.losses.unpaired import (
+    BcoShift,
+    apo_zero_unpaired,
+    bco,
+    bco_pair,
+    bco_shift,
+    bco_shift_start,
+    bco_shift_update,
+    kto,
+    kto_kl,
+)
 
 __all__ = [
+    "BcoShift",
+    "PromptClassifier",
     "SpaHistory",
     "Teacher",
     "adaptive_teacher",
@@ -74,7 +98,17 @@ __all__ = [
     "aot_unpaired",
     "apo_down",
     "apo_zero",
+    "apo_zero_unpaired",
+    "bco",
+    "bco_pair",
+    "bco_shift",
+    "bco_shift_start",
+    "bco_shift_update",
     "binary_kl_norm",
+    "bradley_terry",
+    "bradley_terry_centred",
+    "bradley_terry_margin",
+    "bradley_terry_scaled",
     "bvpo",
     "bvpo_weight",
     "cal_dpo",
@@ -84,21 +118,29 @@ __all__ = [
     "contrastive_teacher",
     "cpo",
     "dense",
+    "desirable_probability",
+    "dft",
     "discopop",
     "dpo",
     "dpop",
     "exo",
     "exo_pair",
+    "experimental",
     "f_dpo_alpha",
     "f_dpo_forward_kl",
     "f_dpo_js",
+    "fit_prompt_classifier",
     "forward_kl",
     "generalised_jsd",
+    "gpm",
+    "gpm_scores",
     "gpo",
     "hinge",
     "implicit_rewards",
     "info_nca",
     "ipo",
+    "kto",
+    "kto_kl",
     "ld_dpo",
     "lipo_lambda",
     "lipo_pair_hinge",
@@ -112,6 +154,7 @@ __all__ = [
     "mapl_intra",
     "margin_dpo",
     "margin_mse",
+    "masked_regression",
     "mm_dpo",
     "mm_dpo_beta",
     "nca",
@@ -138,6 +181,7 @@ __all__ = [
     "tdpo1",
     "tdpo2",
     "theorem1_teacher",
+    "udm_weights",
     "wpo",
     "wpo_weights",
 ]

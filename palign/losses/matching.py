@@ -59,15 +59,15 @@ def fit_prompt_classifier(
         which TRL's BCO trainer (0.24) fits with C = 1 on the embeddings of 1024 prompts.
 
     Examples:
-        Two prompts at -1 and 1: by symmetry the bias is 0, and the kernel w solves 2 sigmoid(-w) = w, so w = 0.6749
-        (2 / (1 + exp(0.6749)) = 0.6749).
+        Two prompts at -1 and 1: by symmetry the bias is 0, and the kernel w solves 2 sigmoid(-w) = w, so w = 0.6748
+        (2 / (1 + exp(0.6748)) = 0.6748).
 
         >>> import jax.numpy as jnp
         >>> import numpy as np
         >>> from palign import losses
         >>> classifier = losses.fit_prompt_classifier(jnp.array([[-1.0], [1.0]]), jnp.array([False, True]))
         >>> print(np.asarray(classifier.kernel).round(4))
-        [0.6749]
+        [0.6748]
     """
     _check_embeddings("fit_prompt_classifier", embeddings)
     check_mask("fit_prompt_classifier", "desirable", desirable)
@@ -152,8 +152,8 @@ def udm_weights(
         `[B]` weights for `bco`.
 
     Raises:
-        ValueError: shapes are not the same `[B]`, `desirable` is not boolean, or `low` and `high` are plain numbers that
-            are not finite, above 0 and in this order.
+        ValueError: shapes are not the same `[B]`, `desirable` is not boolean, or `low` and `high` are plain numbers
+            that are not finite, above 0 and in this order.
 
     References:
         Jung et al., "Binary Classifier Optimization for Large Language Model Alignment", arXiv 2404.04656.
@@ -223,7 +223,8 @@ def _check_embeddings(function: str, embeddings: Array) -> None:
     chex.assert_rank(
         embeddings,
         2,
-        custom_message=f"{function}: embeddings has shape {list(jnp.shape(embeddings))}; expected [N, D], a row a prompt",
+        custom_message=f"{function}: embeddings has shape {list(jnp.shape(embeddings))}; expected [N, D], one row "
+        "per prompt",
         exception_type=ValueError,
     )
 

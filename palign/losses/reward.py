@@ -205,8 +205,8 @@ def gpm_scores(embeddings: Float[Array, "B K two_k"], weights: Float[Array, "B k
 
     Args:
         embeddings: `[B, K, 2k]`, a vector v of even length per response, its coordinates in k pairs (0, 1), (2, 3), ...
-        weights: `[B, k]`, scale of each pair of coordinates, at least 0; from a head on the prompt (in the authors' code
-            k times a softmax), or ones. A gradient reaches it.
+        weights: `[B, k]`, scale of each pair of coordinates, at least 0; from a head on the prompt (in the authors'
+            code k times a softmax), or ones. A gradient reaches it.
 
     Returns:
         `[B, K, K]` scores: `s_ij = -s_ji` and `s_ii = 0`.

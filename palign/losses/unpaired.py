@@ -1,7 +1,7 @@
 """Losses on single responses marked desirable or undesirable: no pairs are needed.
 
-Sequence log-probabilities are `[B]`, one response per row. What belongs to the whole batch, KTO's KL and BCO's shift, is
-a scalar argument: compute it once over the global batch, and any split into micro-batches gives the same losses.
+Sequence log-probabilities are `[B]`, one response per row. What belongs to the whole batch, KTO's KL and BCO's shift,
+is a scalar argument: compute it once over the global batch, and any split into micro-batches gives the same losses.
 """
 
 import numbers
@@ -188,8 +188,8 @@ def bco(
 ) -> Float[Array, " B"]:
     """Binary classifier optimisation: tell desirable from undesirable responses, with the implicit reward as the logit.
 
-    `L = -w log sigmoid(r - delta)` for a desirable response, `-w log sigmoid(-(r - delta))` for an undesirable one, with
-    `r = beta (policy_logps - ref_logps)`.
+    `L = -w log sigmoid(r - delta)` for a desirable response, `-w log sigmoid(-(r - delta))` for an undesirable one,
+    with `r = beta (policy_logps - ref_logps)`.
 
     Args:
         policy_logps: `[B]`, log-probabilities of the responses under the policy, in nats, summed over response tokens.
@@ -359,7 +359,8 @@ def bco_shift_update(
         chex.assert_shape(
             array,
             (2,),
-            custom_message=f"bco_shift_update: {name} has shape {list(jnp.shape(array))}; expected [2], desirable first",
+            custom_message=f"bco_shift_update: {name} has shape {list(jnp.shape(array))}; expected [2], desirable "
+            "first",
             exception_type=ValueError,
         )
     if isinstance(decay, numbers.Real) and not 0 <= decay < 1:

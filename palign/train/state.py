@@ -34,9 +34,7 @@ class TrainState(NamedTuple):
     carry: dict[str, Any]
 
 
-def new_state(
-    params: Params, tx: optax.GradientTransformation, init_carry: InitCarry = dict
-) -> TrainState:
+def new_state(params: Params, tx: optax.GradientTransformation, init_carry: InitCarry = dict) -> TrainState:
     """A state that has not taken a step."""
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros((), jnp.int32), init_carry())
 

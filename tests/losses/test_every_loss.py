@@ -124,13 +124,16 @@ def test_a_wrong_shape_is_answered_with_the_argument_s_name(case):
 def test_bf16_is_computed_in_f32(case):
     floats = [is_float(a) for a in case.arrays(rng_of(case, 5), SIZE)]
     rounded = tuple(
-        jnp.asarray(a, jnp.bfloat16) if f else a for a, f in zip(case.arrays(rng_of(case, 5), SIZE), floats, strict=True)
+        jnp.asarray(a, jnp.bfloat16) if f else a
+        for a, f in zip(case.arrays(rng_of(case, 5), SIZE), floats, strict=True)
     )
     actual = bound(case)(*rounded)
     assert actual.dtype == jnp.float32
     np.testing.assert_allclose(
-        np.float64(actual), expected(case, [np.asarray(a, np.float64) if f else a for a, f in zip(rounded, floats, strict=True)]),
-        rtol=2e-6, atol=2e-6,
+        np.float64(actual),
+        expected(case, [np.asarray(a, np.float64) if f else a for a, f in zip(rounded, floats, strict=True)]),
+        rtol=2e-6,
+        atol=2e-6,
     )
 
 

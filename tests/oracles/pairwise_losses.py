@@ -112,9 +112,7 @@ def mm_dpo_beta(scores, beta, weight, rate):
 
 def mm_dpo(policy, reference, scores, beta, weight, rate):
     betas = mm_dpo_beta(scores, beta, weight, rate)
-    return np.array(
-        [minus_log_sigmoid(b * reward_gap(p, r)) for p, r, b in zip(policy, reference, betas, strict=True)]
-    )
+    return np.array([minus_log_sigmoid(b * reward_gap(p, r)) for p, r, b in zip(policy, reference, betas, strict=True)])
 
 
 def cpo(policy, supervised, beta, alpha):

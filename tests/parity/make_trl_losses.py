@@ -115,7 +115,7 @@ TPO = tuple(
 ONLINE_DPO = tuple({"loss_type": name, "beta": beta} for name in ("sigmoid", "ipo") for beta in (0.1, 0.5))
 REWARD = ({}, {"margin": True}, {"center_rewards_coefficient": 0.01}, {"center_rewards_coefficient": 0.5})
 SFT = ({"loss_type": "nll"}, {"loss_type": "chunked_nll"}, {"loss_type": "dft"})
-JSD_BETAS = (0.0, 1e-3, 0.1, 0.5, 0.9, 1.0)
+JSD_BETAS = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)
 
 
 class Watched:
@@ -288,7 +288,7 @@ def paired_batch(examples) -> dict[str, torch.Tensor]:
 
 
 def record_cpo_and_orpo(record: Record, policy, examples):
-    """Per pair and with its gradient from the trainer's loss method, and in all, NLL included, from its batch method."""
+    """Per pair and with its gradient from the trainer's loss method; in all, NLL included, from its batch method."""
     batch, columns = paired_batch(examples), ("prompt", "chosen", "rejected")
     runs = [("cpo", CPOTrainer, CPOConfig, settings) for settings in CPO]
     runs += [("orpo", ORPOTrainer, ORPOConfig, settings) for settings in ORPO]

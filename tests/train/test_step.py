@@ -177,7 +177,9 @@ def test_the_reference_gets_no_gradient():
     lm = make_language_model(MODEL)
     objective = make_objective(lm, ["dpo"], hyper={"beta": 0.1}, chunk=16)
     nothing = Context({}, {})
-    loss = lambda reference, policy, batch: objective.loss(policy, {"reference": reference}, batch, nothing).terms["dpo"]
+    loss = lambda reference, policy, batch: objective.loss(policy, {"reference": reference}, batch, nothing).terms[
+        "dpo"
+    ]
     policy, reference = params()
     gradient = jax.jit(jax.grad(loss))(reference, policy, rows())
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(gradient))

@@ -1,7 +1,7 @@
 """Supervised losses from f-divergences, a reconstruction and not the paper's letter: SFT that knows where to stop.
 
-The equations were derived from the conjugate form that the abstract of "Implicit Reward as the Bridge" (arXiv 2507.00018)
-describes; its constants were not compared with the paper's. Do not report numbers as the paper's method.
+The equations were derived from the conjugate form that the abstract of "Implicit Reward as the Bridge" (arXiv
+2507.00018) describes; their constants were not compared with the paper's. Do not report numbers as the paper's method.
 
 All are `L = -phi(u)` of the implicit reward `u = beta (policy_logps - ref_logps)` of a demonstration. Supervised
 fine-tuning has phi(u) = u: the same pull however far the policy has gone. A concave phi pulls less the higher u is.

@@ -50,8 +50,8 @@ def rank_list(
         skips = 1 is RankNet.
 
     Examples:
-        Scores 2, 1, 0 in the right order: each neighbour is ahead by 1, and 2 log(1 + exp(-1)) = 0.6265. Two places
-        apart they are ahead by 2, another log(1 + exp(-2)) = 0.1269.
+        Scores 2, 1, 0 in the right order: each neighbour is ahead by 1, and 2 log(1 + exp(-1)) = 0.6265. With the
+        two that are two places apart, 2 ahead, another log(1 + exp(-2)) = 0.1269 makes 0.7535 (rounded at the end).
 
         >>> import jax.numpy as jnp
         >>> import numpy as np
@@ -60,7 +60,7 @@ def rank_list(
         >>> print(np.asarray(rank_list(scores, scores, valid)).round(4))
         [0.6265]
         >>> print(np.asarray(rank_list(scores, scores, valid, skips=2)).round(4))
-        [0.7534]
+        [0.7535]
     """
     check_lists("rank_list", valid, scores=scores, labels=labels)
     if not isinstance(skips, numbers.Integral) or skips < 1:
@@ -120,7 +120,7 @@ def rank_list_lse(
     scores, labels = _masked(valid, scores, labels)
     below = valid[:, :, None] & valid[:, None, :] & (labels[:, None, :] < labels[:, :, None])
     beats_some = below.any(-1)
-    # The sum of a response with none below it would be empty, and its gradient NaN: let it run over zeros, drop it after.
+    # With none below the sum would be empty and its gradient NaN: let it run over zeros, and drop it after.
     run_over = below | ~beats_some[:, :, None]
     gaps = jnp.where(below, scores[:, None, :] - scores[:, :, None], 0.0)
     terms = jax.nn.softplus(jax.nn.logsumexp(gaps, axis=-1, where=run_over))

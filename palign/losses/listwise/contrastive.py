@@ -172,7 +172,7 @@ def nca(
     ratios, labels = masked_inputs("nca", valid, policy_logps=policy_logps, ref_logps=ref_logps, labels=labels)
     check_positive("nca", beta=beta, temperature=temperature)
     rewards = beta * ratios
-    weights = jnp.exp(log_softmax(labels / temperature, valid))
+    weights = jnp.exp(log_softmax(labels, valid, scale=1 / temperature))
     share = 1 / jnp.maximum(valid.sum(-1, keepdims=True), 1).astype(rewards.dtype)
     terms = weights * jax.nn.softplus(-rewards) + share * jax.nn.softplus(rewards)
     return jnp.where(valid, terms, 0.0).sum(-1)
@@ -231,7 +231,7 @@ def exo(
     """
     ratios, labels = masked_inputs("exo", valid, policy_logps=policy_logps, ref_logps=ref_logps, labels=labels)
     check_positive("exo", beta=beta, temperature=temperature)
-    policy, target = log_softmax(beta * ratios, valid), log_softmax(labels / temperature, valid)
+    policy, target = log_softmax(ratios, valid, scale=beta), log_softmax(labels, valid, scale=1 / temperature)
     # Padding holds 0 in both: its term is 0.
     return (jnp.exp(policy) * (policy - target)).sum(-1)
 
@@ -247,6 +247,6 @@ def _cross_entropy(
     """Return the cross entropy from the softmax of the labels to that of the scores."""
     ratios, labels = masked_inputs(loss, valid, **arrays)
     check_positive(loss, beta=beta, temperature=temperature)
-    weights = jnp.exp(log_softmax(labels / temperature, valid))
+    weights = jnp.exp(log_softmax(labels, valid, scale=1 / temperature))
     # The scores' log-softmax is 0 in padding, where the weights say 1.
-    return -(weights * log_softmax(beta * ratios, valid)).sum(-1)
+    return -(weights * log_softmax(ratios, valid, scale=beta)).sum(-1)

@@ -277,7 +277,7 @@ def lipo_softmax(
     """
     ratios, labels = masked_inputs("lipo_softmax", valid, policy_logps=policy_logps, ref_logps=ref_logps, labels=labels)
     check_positive("lipo_softmax", beta=beta)
-    return -(labels * log_softmax(beta * ratios, valid)).sum(-1)
+    return -(labels * log_softmax(ratios, valid, scale=beta)).sum(-1)
 
 
 def lipo_lambda(

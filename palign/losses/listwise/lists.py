@@ -34,13 +34,16 @@ def preferred(labels: Float[Array, "B K"], valid: Bool[Array, "B K"]) -> Bool[Ar
     return valid[:, :, None] & valid[:, None, :] & (labels[:, :, None] > labels[:, None, :])
 
 
-def log_softmax(values: Float[Array, "B K"], valid: Bool[Array, "B K"]) -> Float[Array, "B K"]:
-    """Return log-probabilities of a softmax over the valid slots, and 0 in the others.
+def log_softmax(
+    values: Float[Array, "B K"], valid: Bool[Array, "B K"], *, scale: float | Float[Array, ""]
+) -> Float[Array, "B K"]:
+    """Return log-probabilities of `softmax(scale values)` over the valid slots, and 0 in the others; scale above 0.
 
     A list with no valid slot has no softmax: zeros, and no gradient.
     """
     # Such a list runs over all of its slots, which hold zeros, and is dropped after: no infinity ever appears.
     over = valid | ~valid.any(-1, keepdims=True)
     top = jax.lax.stop_gradient(jnp.max(values, axis=-1, keepdims=True, where=over, initial=-jnp.inf))
-    shifted = jnp.where(over, values - top, -jnp.inf)
+    # Differences first: what all values share is then gone before the product is rounded.
+    shifted = jnp.where(over, scale * (values - top), -jnp.inf)
     return jnp.where(valid, shifted - jnp.log(jnp.exp(shifted).sum(-1, keepdims=True)), 0.0)

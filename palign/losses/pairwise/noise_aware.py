@@ -185,7 +185,7 @@ def spa_threshold(
     check_between("spa_threshold", 0.0, 1.0, quantile=quantile)
     check_between("spa_threshold", 0.0, float("inf"), start=start)
     filled = jnp.minimum(history.count, _REMEMBERED)
-    places = jnp.arange(_REMEMBERED)
+    places = jnp.arange(_REMEMBERED, dtype=filled.dtype)
     ascending = jnp.sort(jnp.where(places < filled, history.margins, jnp.inf))
     last = jnp.maximum(filled - 1, 0)
     position = quantile * last.astype(ascending.dtype)

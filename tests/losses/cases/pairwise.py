@@ -1,14 +1,50 @@
 """Pairs: logistic losses, their robust, weighted and reference-free relatives."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from palign import losses
 from tests.losses.cases.case import Case, as_f32, pair_averages, pair_extremes, pair_logps
 from tests.oracles import pairwise_losses as oracle
 
+LOG_2 = np.log(2.0)
+
 # Beside the rows of pair_extremes: empty and very long responses, scores far apart and equal.
 EXTREME_LENGTHS = np.array([[0, 10_000], [10_000, 0], [0, 7], [1, 1], [0, 0], [0, 0]])
 EXTREME_SCORES = np.array([[1e4, -1e4], [-1e4, 1e4], [1e4, -1e4], [0.0, 0.0], [1.0, 1.0], [-1e4, -1e4]])
+
+
+# What the tests of single identities use.
+
+
+def log_probs(seed, size=24):
+    """`pair_logps` in float32, by seed."""
+    return tuple(np.float32(array) for array in pair_logps(np.random.default_rng(seed), size))
+
+
+def averages(seed, size=24):
+    """Log-probabilities per token of pairs: `[B, 2]`, f32."""
+    return np.float32(pair_averages(np.random.default_rng(seed), size)[0])
+
+
+def lengths_of(seed, size=24):
+    """Numbers of tokens, none 0: `[B, 2]`, int."""
+    return np.random.default_rng(seed).integers(1, 60, (size, 2))
+
+
+def at_margin(h):
+    """A pair whose chosen response gained h / 2 nats and whose rejected one lost as many, and its reference."""
+    h = jnp.atleast_1d(jnp.asarray(h, jnp.float32))
+    return jnp.stack([h / 2, -h / 2], axis=-1), jnp.zeros((h.size, 2))
+
+
+def gradient_of(loss, policy, *rest, **hyper):
+    """The gradient of the summed loss with respect to its first array."""
+    return np.asarray(jax.grad(lambda policy: loss(policy, *rest, **hyper).sum())(policy))
+
+
+# Inputs of the cases.
 
 
 def _averages(rng, size):
