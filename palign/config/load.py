@@ -18,6 +18,7 @@ from typing import Any
 
 import ml_collections
 
+from palign.config.renamed import RENAMED
 from palign.config.schema import ObjectiveConfig, Recipe, RunConfig
 
 FREE_KEYS: dict[Any, str] = {ObjectiveConfig: "hyper"}  # classes with a field that takes every key which is not a field
@@ -27,7 +28,7 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a config file, applies `a.b=c` overrides, and resolves every stage.
 
     Args:
-        path: of the config file.
+        path: of the config file; what stands behind a `:` is handed to its `get_config`.
         overrides: `key.key=value`; the value is a Python literal, else a string. Top-level keys hold for all stages,
             `stages.NAME.` for one.
 
@@ -40,7 +41,7 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     config = _run_file(path).to_dict()
     for override in overrides:
         _apply(config, override)
-    return resolve_recipe(config, name=pathlib.Path(path).stem)
+    return resolve_recipe(config, name=pathlib.Path(path.partition(":")[0]).stem)
 
 
 def ordered(**stages: Any) -> ml_collections.ConfigDict:
@@ -87,6 +88,7 @@ def to_plain(config: Any) -> Any:
 
 
 def _run_file(path: str) -> ml_collections.ConfigDict:
+    path, _, argument = path.partition(":")
     file = pathlib.Path(path)
     if not file.is_file():
         near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")], n=1)
@@ -100,7 +102,7 @@ def _run_file(path: str) -> ml_collections.ConfigDict:
         raise ValueError(f"--config={path}: {type(error).__name__}: {error}; --debug shows where") from error
     if not hasattr(module, "get_config"):
         raise ValueError(f"{path}: expected a function get_config() -> ml_collections.ConfigDict")
-    return module.get_config()
+    return module.get_config(argument) if argument else module.get_config()
 
 
 def _apply(config: dict[str, Any], override: str) -> None:
@@ -141,6 +143,8 @@ def _resolve(cls: type, given: Any, key: str) -> Any:
     for name, value in given.items():
         if name in hints and name != free:
             values[name] = _convert(hints[name], value, f"{key}.{name}")
+        elif name in RENAMED:
+            raise ValueError(f"{key}.{name}: no such setting; {RENAMED[name]}")
         elif free:
             values[free][name] = _convert(float, value, f"{key}.{name}")
         else:

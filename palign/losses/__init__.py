@@ -25,7 +25,6 @@ from palign.losses.distill import (
     scaled_jsd,
     theorem1_teacher,
 )
-from palign.losses.experimental import f_sft, prompt_gaps, rank_list  # noqa: F401  (loads losses.experimental.*)
 from palign.losses.listwise.contrastive import exo, info_nca, listnet, nca
 from palign.losses.listwise.lipo import (
     lipo_lambda,

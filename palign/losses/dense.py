@@ -348,8 +348,8 @@ def shared_and_tail_logps(
         exception_type=ValueError,
     )
     logps = token_logps(logits, ids, response_mask)[:, 1:]
-    rank = jnp.cumsum(response_mask[:, 1:], axis=1, dtype=shared_lengths.dtype)
-    shared = rank <= shared_lengths[:, None]
+    # Counted in int32 whatever the lengths come in: int8 would wrap at the 128th token.
+    shared = jnp.cumsum(response_mask[:, 1:], axis=1, dtype=jnp.int32) <= shared_lengths.astype(jnp.int32)[:, None]
     return jnp.where(shared, logps, 0.0).sum(-1), jnp.where(shared, 0.0, logps).sum(-1)
 
 

@@ -20,8 +20,8 @@ from palign.config.schema import ModelConfig
 from palign.models.config import LayerTables, compute_dtype, layer_tables, padded_vocabulary
 from palign.models.layers import Block, RMSNorm
 from palign.models.protocol import Cache, LanguageModel, Params
-from palign.sharding.mesh import SHARED, constrain
 from palign.models.value_head import add_value_head
+from palign.sharding.mesh import SHARED, constrain
 from palign.types import Batch, Unembedding
 
 PREFILL_BLOCK = 64

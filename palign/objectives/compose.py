@@ -61,11 +61,9 @@ def make_objective(
     methods = [_Named(*resolved) for resolved in resolve_methods(loss_type, hyper or {})]
     needs = needs_of(loss_type)
     _check_reference(loss_type, needs, cached_reference)
+    live = frozenset({REFERENCE}) if needs.reference and not cached_reference else frozenset()
     needs |= diagnosis.needs if diagnosis else Needs()
     measured = [named for named in methods if named.method.statistic]
-
-    def counts(batch: Batch) -> dict[str, Array]:
-        return {name: method.count(batch) for name, method, _ in methods}
 
     def loss(params: Params, aux: Mapping[str, Params], batch: Batch, context: Context) -> Terms:
         forward = run_forward(lm, params, aux, batch, needs, chunk=chunk)
@@ -75,17 +73,13 @@ def make_objective(
         forward = run_forward(lm, params, aux, batch, _needs_of_statistics(measured), chunk=chunk)
         return {name: method.statistic.measure(method, forward, batch) for name, method, _ in measured}
 
-    def combine(stacked: Mapping[str, Any]) -> dict[str, Array]:
-        return {name: method.statistic.combine(stacked[name]) for name, method, _ in measured}
-
-    live = frozenset({REFERENCE}) if needs.reference and not cached_reference else frozenset()
     return Objective(
         weights=weights,
         frozen=needs.frozen | live,
-        counts=counts,
+        counts=lambda batch: {name: method.count(batch) for name, method, _ in methods},
         loss=loss,
         statistics=statistics if measured else None,
-        combine=combine,
+        combine=lambda stacked: {name: method.statistic.combine(stacked[name]) for name, method, _ in measured},
         init_carry=lambda: {name: method.memory.start() for name, method, _ in methods if method.memory},
         update_carry=lambda carry, seen: _remember(methods, carry, seen),
     )

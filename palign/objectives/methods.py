@@ -17,11 +17,14 @@ from palign.objectives.base import Memory, Method, Needs, Reading, Statistic, by
 from palign.objectives.readings import (
     AVERAGE,
     GRADED,
+    JUDGED,
     LISTS,
     PAIRS,
     POLICY_NEEDS,
+    RANKED,
     REFERENCE_NEEDS,
     RESPONSES,
+    SUMS,
     approval,
     best_and_worst,
     mismatched,
@@ -80,18 +83,24 @@ def num_responses(batch: Batch) -> Array:
 
 
 def pairwise(loss: Callable, *reads: Reading, **more: Any) -> Method:
-    """A loss on pairs, `[B, 2]` arrays; the mean is over the listed pairs."""
-    return Method(loss, _term, num_pairs, PAIRS, reads, compares=True, **more)
+    """A loss on pairs, `[B, 2]` arrays, by default sums of policy and reference; the mean is over the listed pairs."""
+    return Method(loss, _term, num_pairs, PAIRS, reads or SUMS, compares=True, **more)
 
 
 def listwise(loss: Callable, *reads: Reading, **more: Any) -> Method:
-    """A loss on whole examples, `[B, K]` arrays; the mean is over examples that hold a preference."""
-    return Method(loss, _term, num_lists, LISTS, reads, compares=True, **more)
+    """A loss on whole examples, `[B, K]` arrays, by default sums of policy and reference, scores and `valid`.
+
+    The mean is over examples that hold a preference.
+    """
+    return Method(loss, _term, num_lists, LISTS, reads or RANKED, compares=True, **more)
 
 
 def unpaired(loss: Callable, *reads: Reading, **more: Any) -> Method:
-    """A loss on single responses, `[B]` arrays; the mean is over thumbs-up and thumbs-down."""
-    return Method(loss, _term, num_judged, RESPONSES, reads, **more)
+    """A loss on single responses, `[B]` arrays, by default sums of policy and reference, and whether it was liked.
+
+    The mean is over thumbs-up and thumbs-down.
+    """
+    return Method(loss, _term, num_judged, RESPONSES, reads or JUDGED, **more)
 
 
 def regression(loss: Callable, *reads: Reading) -> Method:
@@ -120,7 +129,7 @@ def sequence_distillation(loss: Callable, *frozen: str) -> Method:
 
 
 def batch_value(function: Callable, *reads: Reading) -> Statistic:
-    """A statistic that is one value: `function(*arrays of the whole batch, counted [B])`, the same for every example."""
+    """A statistic that is one value for all: `function(*arrays of the whole batch, counted [B]) -> []`."""
 
     def combine(arrays):
         (value, micro_batches) = function(*_merged(arrays)), arrays[0].shape[0]

@@ -100,8 +100,9 @@ def _alignment(forward: Forward, batch: Batch) -> Array:
 
 def _over_the_others(compare: Callable[[Array, Array], Array], batch: Batch) -> Array:
     """Mean over the example's other responses of a comparison of scores, by slot; 0 where there are no others."""
+    K = batch.scores.shape[-1]
     ours, theirs = batch.scores[..., :, None], batch.scores[..., None, :]
-    others = batch.valid[..., None, :] & batch.valid[..., :, None] & ~jnp.eye(batch.scores.shape[-1], dtype=bool)
+    others = batch.valid[..., None, :] & batch.valid[..., :, None] & ~jnp.eye(K, dtype=bool)[None, None]
     total = jnp.sum(jnp.where(others, compare(ours, theirs), 0.0), axis=-1)
     return by_slot(total / jnp.maximum(others.sum(-1), 1))
 
@@ -185,6 +186,11 @@ def _split_at_the_shorter(logps: Array, batch: Batch) -> tuple[Array, Array]:
     values = logps[:, None, None, :]
     shared, tail = (jnp.sum(jnp.where(own & part, values, 0.0), axis=-1) for part in (inside, ~inside))
     return shared.reshape(-1, 2), tail.reshape(-1, 2)
+
+
+SUMS = (POLICY, REFERENCE_SUMS)  # what most pairwise losses read
+RANKED = (*SUMS, SCORES, VALID)  # what most listwise losses read
+JUDGED = (*SUMS, DESIRABLE)  # what most unpaired losses read
 
 
 def _policy_part(part: int) -> Reading:

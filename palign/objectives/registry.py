@@ -36,10 +36,10 @@ from palign.objectives.readings import (
     POLICY_TAIL,
     REFERENCE_AVERAGE,
     REFERENCE_SHARED,
-    REFERENCE_SUMS,
     REFERENCE_TAIL,
     SCORES,
     SEQUENCE_KL,
+    SUMS,
     UNIT_SCALES,
     VALID,
     VALUE,
@@ -53,8 +53,6 @@ from palign.objectives.readings import (
 
 TEACHER, REVERSE, REFERENCE = "teacher", "reverse", "reference"  # roles of frozen models
 
-SUMS = (POLICY, REFERENCE_SUMS)  # what most pairwise losses read
-RANKED = (*SUMS, SCORES, VALID)  # what most listwise losses read
 BCO_SHIFT = reward_means(losses.bco_shift_start, losses.bco_shift, losses.bco_shift_update)
 SPA_THRESHOLD = margin_means(losses.spa_history, losses.spa_threshold, losses.spa_remember)
 
@@ -63,38 +61,38 @@ METHODS: dict[str, Method] = {
     "sft": likelihood(losses.nll),
     "dft": likelihood(losses.dft),
     # Pairs against a reference.
-    "dpo": pairwise(losses.dpo, *SUMS),
-    "cdpo": pairwise(losses.cdpo, *SUMS),
-    "robust_dpo": pairwise(losses.robust_dpo, *SUMS),
+    "dpo": pairwise(losses.dpo),
+    "cdpo": pairwise(losses.cdpo),
+    "robust_dpo": pairwise(losses.robust_dpo),
     "ipo": pairwise(losses.ipo, AVERAGE, REFERENCE_AVERAGE),  # as TRL and the authors run it
-    "ipo_sum": pairwise(losses.ipo, *SUMS),  # as the paper writes it
-    "hinge": pairwise(losses.hinge, *SUMS),
+    "ipo_sum": pairwise(losses.ipo),  # as the paper writes it
+    "hinge": pairwise(losses.hinge),
     "ln_dpo": pairwise(losses.ln_dpo, *SUMS, LENGTHS),
     "r_dpo": pairwise(losses.r_dpo, *SUMS, LENGTHS),
     "ld_dpo": pairwise(losses.ld_dpo, POLICY_SHARED, POLICY_TAIL, REFERENCE_SHARED, REFERENCE_TAIL),
-    "scaled_dpo": pairwise(losses.scaled_dpo, *SUMS),
+    "scaled_dpo": pairwise(losses.scaled_dpo),
     "margin_dpo": pairwise(losses.margin_dpo, *SUMS, SCORES),
     "mm_dpo": pairwise(losses.mm_dpo, *SUMS, SCORES),
     "margin_mse": pairwise(losses.margin_mse, LOG_RATIO, SCORES),
-    "rpo": pairwise(losses.rpo, *SUMS),
-    "dpop": pairwise(losses.dpop, *SUMS),
-    "cal_dpo": pairwise(losses.cal_dpo, *SUMS),
-    "f_dpo_forward_kl": pairwise(losses.f_dpo_forward_kl, *SUMS),
-    "f_dpo_js": pairwise(losses.f_dpo_js, *SUMS),
-    "f_dpo_alpha": pairwise(losses.f_dpo_alpha, *SUMS),
+    "rpo": pairwise(losses.rpo),
+    "dpop": pairwise(losses.dpop),
+    "cal_dpo": pairwise(losses.cal_dpo),
+    "f_dpo_forward_kl": pairwise(losses.f_dpo_forward_kl),
+    "f_dpo_js": pairwise(losses.f_dpo_js),
+    "f_dpo_alpha": pairwise(losses.f_dpo_alpha),
     "tdpo1": pairwise(losses.tdpo1, *SUMS, SEQUENCE_KL),
     "tdpo2": pairwise(losses.tdpo2, *SUMS, SEQUENCE_KL),
-    "exo_pair": pairwise(losses.exo_pair, *SUMS),
-    "nca_pair": pairwise(losses.nca_pair, *SUMS),
-    "apo_zero": pairwise(losses.apo_zero, *SUMS),
-    "apo_down": pairwise(losses.apo_down, *SUMS),
-    "sppo_hard": pairwise(losses.sppo_hard, *SUMS),
-    "discopop": pairwise(losses.discopop, *SUMS),
+    "exo_pair": pairwise(losses.exo_pair),
+    "nca_pair": pairwise(losses.nca_pair),
+    "apo_zero": pairwise(losses.apo_zero),
+    "apo_down": pairwise(losses.apo_down),
+    "sppo_hard": pairwise(losses.sppo_hard),
+    "discopop": pairwise(losses.discopop),
     "wpo": pairwise(losses.wpo, *SUMS, ALIGNMENT),
     "aot": pairwise(losses.aot, POLICY, statistic=batch_match(losses.aot_matched_margins, *SUMS)),
-    "aot_unpaired": pairwise(losses.aot_unpaired, *SUMS, statistic=batch_match(losses.aot_matched_ratios, *SUMS)),
+    "aot_unpaired": pairwise(losses.aot_unpaired, statistic=batch_match(losses.aot_matched_ratios, *SUMS)),
     "spa": pairwise(losses.spa, *SUMS, POLICY, memory=SPA_THRESHOLD),
-    "bco_pair": pairwise(losses.bco_pair, *SUMS, memory=BCO_SHIFT),
+    "bco_pair": pairwise(losses.bco_pair, memory=BCO_SHIFT),
     # Pairs without a reference.
     "simpo": pairwise(losses.simpo, AVERAGE),
     "alphapo": pairwise(losses.alphapo, AVERAGE),
@@ -102,21 +100,21 @@ METHODS: dict[str, Method] = {
     "cpo": pairwise(losses.cpo, POLICY, chosen(AVERAGE)),
     "slic_hf": pairwise(losses.slic_hf, POLICY, chosen(POLICY)),
     # Thumbs-up and thumbs-down.
-    "kto": unpaired(losses.kto, *SUMS, DESIRABLE, statistic=mismatched_value(losses.kto_kl), mismatched=True),
-    "apo_zero_unpaired": unpaired(losses.apo_zero_unpaired, *SUMS, DESIRABLE),
+    "kto": unpaired(losses.kto, statistic=mismatched_value(losses.kto_kl), mismatched=True),
+    "apo_zero_unpaired": unpaired(losses.apo_zero_unpaired),
     "bco": unpaired(losses.bco, *SUMS, DESIRABLE, WEIGHTS, memory=BCO_SHIFT),
     # Ranked lists.
-    "plackett_luce": listwise(losses.plackett_luce, *RANKED),
-    "lipo_lambda": listwise(losses.lipo_lambda, *RANKED),
-    "lipo_pair_logistic": listwise(losses.lipo_pair_logistic, *RANKED),
-    "lipo_pair_hinge": listwise(losses.lipo_pair_hinge, *RANKED),
+    "plackett_luce": listwise(losses.plackett_luce),
+    "lipo_lambda": listwise(losses.lipo_lambda),
+    "lipo_pair_logistic": listwise(losses.lipo_pair_logistic),
+    "lipo_pair_hinge": listwise(losses.lipo_pair_hinge),
     "lipo_pointwise_mse": listwise(losses.lipo_pointwise_mse, *SUMS, WIN_RATES, VALID),
     "lipo_pointwise_sigmoid": listwise(losses.lipo_pointwise_sigmoid, *SUMS, WIN_RATES, VALID),
     "lipo_softmax": listwise(losses.lipo_softmax, *SUMS, WIN_RATES, VALID),
-    "listnet": listwise(losses.listnet, *RANKED),
-    "info_nca": listwise(losses.info_nca, *RANKED),
-    "nca": listwise(losses.nca, *RANKED),
-    "exo": listwise(losses.exo, *RANKED),
+    "listnet": listwise(losses.listnet),
+    "info_nca": listwise(losses.info_nca),
+    "nca": listwise(losses.nca),
+    "exo": listwise(losses.exo),
     "sppo": listwise(losses.sppo, *SUMS, WIN_RATES, VALID),
     "gpo": listwise(losses.gpo, *SUMS, ADVANTAGES, VALID),
     "pairwise_mse": listwise(losses.pairwise_mse, LOG_RATIO, SCORES, VALID),
@@ -148,13 +146,31 @@ ALIASES: dict[str, str] = {
     "robust": "robust_dpo",
 }
 
+# Names of other libraries and older releases that are no method, and what to write: a change of meaning wants a look.
+OLD_METHODS: dict[str, str] = {
+    "aot_pair": "it is aot_unpaired, which sorts chosen against rejected log-ratios; aot keeps its meaning",
+    "kto_pair": "choose kto, which takes each response by itself, or apo_zero, on pairs and without the KL term",
+    "alpha_divergence": "it is f_dpo_alpha, where alpha = 1 - f_alpha_divergence_coef",
+    "js_divergence": "it is f_dpo_js",
+    "dpo_norm": "it is ln_dpo",
+    "nll": "it is sft",
+    "slic": "choose slic_hf, without a reference, or hinge, with one",
+    "gkd": "choose generalised_jsd, scaled_jsd, forward_kl or reverse_kl",
+    "rpo_alpha": "set loss_type to (dpo, sft) and loss_weights to (1, rpo_alpha)",
+    "tpo-l": "TPO is not here: there is no third, gold response; simpo is the rest",
+    "xpo": "responses are not sampled while training: choose dpo on sampled pairs",
+    "nash_md": "responses are not sampled while training: choose sppo on sampled lists",
+}
+
 
 def find_method(name: str) -> Method:
     """The method of that name, palign's or TRL's.
 
     Raises:
-        ValueError: there is none; says which is nearest.
+        ValueError: there is none; says which is nearest, or what an old name is now.
     """
+    if name in OLD_METHODS:
+        raise ValueError(f"config.objective.loss_type: {name!r} is not a method; {OLD_METHODS[name]}")
     own = ALIASES.get(name, name)
     if own not in METHODS:
         raise ValueError(f"config.objective.loss_type: {name!r} is not a method{_nearest(name, [*METHODS, *ALIASES])}")

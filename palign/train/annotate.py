@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -289,7 +290,7 @@ def _report(path: str | pathlib.Path, out: str | pathlib.Path, read: Read, refer
     )
     if read.dropped_lines:
         say(f"{path}: dropped lines {_ranges(read.dropped_lines)}")
-    found = idealised_accuracy_range(np.stack([numbers.logps for numbers in reference]))
+    found = idealised_accuracy_range(jnp.stack([numbers.logps for numbers in reference]))
     say(
         f"idealised ranking accuracy of DPO (beta {min(BETAS):g} to {max(BETAS):g}): {float(found.minimum):.1%} to "
         f"{float(found.maximum):.1%}, median {float(found.median):.1%}"

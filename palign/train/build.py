@@ -17,10 +17,10 @@ from palign.models.protocol import LanguageModel
 from palign.models.transformer import make_language_model
 from palign.objectives.base import REFERENCE, Objective
 from palign.objectives.compose import make_objective
+from palign.objectives.readings import WEIGHTS
 from palign.objectives.registry import find_method, needs_of, resolve_methods
 from palign.sharding.mesh import make_mesh, num_row_shards, to_global
 from palign.sharding.rules import parameter_shardings
-from palign.objectives.readings import WEIGHTS
 from palign.train.matching import match_prompts
 from palign.train.metrics import add, to_floats
 from palign.train.optimizer import make_optimizer

@@ -101,7 +101,7 @@ def embed_prompts(dataset: Dataset, lm: LanguageModel, params: Params, mesh: Mes
 
 
 def _first_sources(lm: LanguageModel, params: Params, batch: Batch) -> jax.Array:
-    R, G, K = batch.valid.shape
+    G, K = batch.valid.shape[1:]
     hidden = lm.hidden(params, batch)
     slots = jnp.arange(G) * K + 1  # an example's first response
     first = jax.vmap(lambda row: jnp.argmax(row[None] == slots[:, None], axis=-1))(batch.target_slot)

@@ -12,7 +12,6 @@ from palign.models.protocol import LanguageModel, Params
 from palign.sharding.mesh import SHARED
 from palign.sharding.rules import parameter_shardings
 
-
 InitCarry = Callable[[], dict[str, Any]]
 
 

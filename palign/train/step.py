@@ -55,18 +55,15 @@ def make_train_step(
         def keep(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
-        metrics["loss"] = Mean(total, jnp.float32(1))
-        metrics["grad_norm"] = Mean(norm, jnp.float32(1))
-        metrics["num_tokens"] = Mean(jnp.sum(batch.group > 0).astype(jnp.float32), jnp.float32(1))
-        nonfinite = jnp.where(finite, 0, state.nonfinite + 1)
-        metrics["nonfinite"] = Mean(nonfinite.astype(jnp.float32), jnp.float32(1))
-        return TrainState(
-            state.step + 1,
-            keep(optax.apply_updates(state.params, updates), state.params),
-            keep(opt_state, state.opt_state),
-            nonfinite,
-            keep(objective.update_carry(state.carry, seen), state.carry),
-        ), metrics
+        new = TrainState(
+            step=state.step + 1,
+            params=keep(optax.apply_updates(state.params, updates), state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            nonfinite=jnp.where(finite, 0, state.nonfinite + 1),
+            carry=keep(objective.update_carry(state.carry, seen), state.carry),
+        )
+        numbers = {"loss": total, "grad_norm": norm, "num_tokens": jnp.sum(batch.group > 0), "nonfinite": new.nonfinite}
+        return new, metrics | {name: Mean(x.astype(jnp.float32), jnp.float32(1)) for name, x in numbers.items()}
 
     whole, rows = NamedSharding(mesh, SHARED), row_sharding(mesh, axis=1)
     compiled = jax.jit(

@@ -25,7 +25,7 @@ from tests.recipes.tiny_runs import config, one_device, write_pairs
 LONG = "say " + "very " * 40 + ":"
 RECORDS = [
     {"prompt": "say a pie :", "chosen": " good soup sings", "rejected": " bad", "note": "é", "weight": 1.50},
-    {"prompt": "say red :", "responses": [" bad cat", " good dog runs", " the", " red"], "scores": [0.1, 0.9, 0.5, 0.1]},
+    {"prompt": "say a :", "responses": [" bad cat", " good dog runs", " the", " red"], "scores": [0.1, 0.9, 0.5, 0.1]},
     {"prompt": "say blue :", "completion": " good cold soup"},
     {"prompt": LONG, "chosen": " good", "rejected": " bad"},
     {"prompt": "say cat :", "chosen": " the same", "rejected": " the same"},
@@ -123,6 +123,21 @@ def test_the_numbers_are_those_of_each_response_alone(written, place):
         assert line["ches_normalised"] == pytest.approx(normalised, rel=1e-3, abs=1e-4)
         assert line["edit_distance"] == pytest.approx(distance, abs=1e-6)
     assert len({line["ranked_right"] for line in found}) == 2 and all(line["reward_margin"] for line in found)
+
+
+def test_numbers_of_many_rows_and_steps_come_back_to_their_records(place, capsys):
+    code, _, err = call(capsys, place, data="pairs.jsonl", out="many.jsonl")
+    assert code == 0, err
+    run, mesh = load_run(f"{place}/run"), make_mesh(data=1, devices=jax.devices()[:1])
+    trees = [tokenize_record(record, run.tokenizer) for record in read_records(place / "pairs.jsonl")[0]]
+    dataset = as_dataset(trees, row_length=64, rows_per_step=2)
+    assert dataset.num_steps > 2
+    for line, tree, logps in zip(
+        lines_of(place / "many.jsonl"), trees, sequence_logps(run.lm, run.params, dataset, mesh), strict=True
+    ):
+        found = line["annotations"]
+        assert [found["chosen_logp"], found["rejected_logp"]] == pytest.approx(logps, rel=1e-5)
+        assert found["lengths"] == [response.size for response in tree.responses]
 
 
 def test_without_a_reference_difficulty_is_the_run_s_own_and_there_is_no_reward(written, place, capsys):

@@ -7,7 +7,7 @@ import pytest
 
 from palign.config.load import load_recipe, resolve_recipe, resolve_run, to_plain
 from palign.config.schema import RopeScaling, RunConfig
-from palign.objectives.methods import pairwise_reference_free
+from palign.objectives.methods import pairwise
 from palign.objectives.registry import METHODS, resolve_methods
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
@@ -131,10 +131,10 @@ def test_methods_and_their_hyper_parameters_are_checked_too(names, hyper, messag
 
 
 def test_a_hyper_parameter_without_a_default_must_be_set(monkeypatch):
-    def loss(policy_logps, *, strength):
+    def loss(policy_logps, ref_logps, *, strength):
         return policy_logps * strength
 
-    monkeypatch.setitem(METHODS, "new", pairwise_reference_free(loss))
+    monkeypatch.setitem(METHODS, "new", pairwise(loss))
     with pytest.raises(ValueError, match=r"config.objective.strength: new has no default for it; set a number"):
         resolve_methods(["new"], {})
     assert resolve_methods(["new"], {"strength": 2.0})[0][2] == {"strength": 2.0}

@@ -272,6 +272,13 @@ def test_shared_and_tail_add_up_and_the_shared_length_bounds_the_first(close):
     assert not shared.any()
 
 
+def test_shared_lengths_of_a_narrow_type_count_long_responses_too(close):
+    logits, ids, mask = np.zeros((1, 202, 2), np.float32), np.zeros((1, 202), np.int32), np.ones((1, 202), bool)
+    parts = shared_and_tail_logps(logits, ids, mask, np.array([100], np.int8))
+    # 201 tokens of probability 1/2.
+    close(np.concatenate(parts), np.array([-100 * np.log(2.0), -101 * np.log(2.0)]))
+
+
 def test_extrapolation_runs_from_the_reference_through_the_policy_as_aligndistil_s_teacher(close):
     (logits, other, _), ids, mask = batch(15)
     own = np.float64(sequence_logps(logits, ids, mask))

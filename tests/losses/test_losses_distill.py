@@ -21,12 +21,12 @@ aligndistil = jax.jit(losses.aligndistil)
 
 # name -> (loss, oracle, number of arrays of logits)
 CASES = {
-    "forward_kl": (forward_kl, lambda s, t: oracle.kl(t, s), 2),
+    "forward_kl": (forward_kl, oracle.forward_kl, 2),
     "reverse_kl": (reverse_kl, oracle.kl, 2),
     "jsd": (functools.partial(generalised_jsd, beta=0.3), functools.partial(oracle.jsd, beta=0.3), 2),
     "scaled_jsd": (
         functools.partial(scaled_jsd, beta=0.3),
-        lambda s, t: oracle.jsd(s, t, 0.3) / (0.3 * (1 - 0.3)),
+        functools.partial(oracle.scaled_jsd, beta=0.3),
         2,
     ),
     "theorem1": (
@@ -46,12 +46,12 @@ CASES = {
     ),
     "constant": (
         jax.jit(functools.partial(losses.aligndistil_constant, beta0=0.2, scale=5.0)),
-        lambda *z: 0.2 * oracle.adaptive_kl(*z, scale=5.0, epsilon=1e-3),
+        functools.partial(oracle.aligndistil_constant, beta0=0.2, scale=5.0),
         3,
     ),
     "capped": (
         jax.jit(functools.partial(losses.aligndistil_capped, beta0=0.2, cap=0.05)),
-        lambda *z: min(0.2 / oracle.alpha(*z[1:], 20.0, 1e-3), 0.05) * oracle.adaptive_kl(*z, 20.0, 1e-3),
+        functools.partial(oracle.aligndistil_capped, beta0=0.2, cap=0.05),
         3,
     ),
 }
@@ -82,15 +82,6 @@ def test_the_loss_is_the_oracle_s_in_f32_and_x64(name, close):
         close(actual, oracle.per_position(expected, *arrays), rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["jsd", "aligndistil"])
-def test_jit_changes_nothing(name, close):
-    loss, _, count = CASES[name]
-    arrays = logits(0, count)
-    with jax.disable_jit():
-        eager = loss(*arrays)
-    close(eager, np.float64(loss(*arrays)))
-
-
 # The other losses are these with another constant weight.
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "aligndistil"])
 def test_two_derivatives_agree_with_finite_differences(name):
@@ -114,14 +105,6 @@ def test_padding_of_any_depth_is_as_good_as_absent(name, value_and_gradient, clo
         close(value, np.float64(expected))
         close(gradient[:, :-2], np.float64(expected_gradient))
         assert not gradient[:, -2:].any()
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_no_gradient_reaches_a_teacher(name):
-    loss, _, count = CASES[name]
-    student, *teachers = logits(3, count, padded=0)
-    gradients = jax.jit(jax.grad(lambda teachers: loss(student, *teachers).sum()))(teachers)
-    assert not any(np.asarray(gradient).any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -300,8 +283,10 @@ def test_wrong_arguments_are_answered_with_their_name():
     three, four = jnp.zeros((2, 3)), jnp.zeros((2, 4))
     with pytest.raises(ValueError, match=r"reverse_kl: .*student_logits \[2, 3\], teacher_logits \[2, 4\]"):
         losses.reverse_kl(three, four)
-    with pytest.raises(ValueError, match=r"adaptive_teacher: .*reverse_logits \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"aligndistil: .*reverse_logits \[2, 4\]"):
         losses.aligndistil(three, three, four)
+    with pytest.raises(ValueError, match=r"adaptive_teacher: .*reverse_logits \[2, 4\]"):
+        losses.adaptive_teacher(three, four)
     for beta in (0, 1.0, -0.5, float("nan")):
         with pytest.raises(ValueError, match=r"generalised_jsd: beta is .*forward_kl.*reverse_kl"):
             losses.generalised_jsd(three, three, beta=beta)

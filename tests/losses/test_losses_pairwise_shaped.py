@@ -1,4 +1,4 @@
-"""The identities and limits of f-DPO, TDPO, EXO, NCA, APO, SPPO, WPO, AOT, DiscoPOP, SPA, MAPL and BVPO."""
+"""The identities and limits of f-DPO, TDPO, EXO, NCA, APO, SPPO, WPO, DiscoPOP, MAPL and BVPO."""
 
 import functools
 
@@ -8,28 +8,8 @@ import numpy as np
 import pytest
 
 from palign import losses
+from tests.losses.cases.pairwise_shaped import LOG_2, gradient, log_probs, ratios
 from tests.oracles import pairwise_shaped_losses as oracle
-
-LOG_2 = np.log(2.0)
-
-
-def log_probs(seed, size=8):
-    """Policy and reference log-probabilities on a grid that float32 subtracts exactly: two `[B, 2]`."""
-    rng = np.random.default_rng(seed)
-    policy = np.round(-16 * rng.gamma(4.0, 8.0, (size, 2))) / 16
-    reference = policy + np.round(16 * rng.normal(0.0, 3.0, (size, 2))) / 16
-    return policy.astype(np.float32), reference.astype(np.float32)
-
-
-def ratios(*pairs):
-    """A policy with the given (chosen, rejected) log-ratios against a reference of zeros."""
-    policy = np.array(pairs, np.float32)
-    return policy, np.zeros_like(policy)
-
-
-def gradient(loss, *arrays, argnums=0):
-    return jax.jit(jax.grad(lambda *args: loss(*args).sum(), argnums=argnums))(*arrays)
-
 
 # What changes when the same amount is added to the log-ratios of both responses: the normaliser of the prompt cancels
 # from differences only.
@@ -259,127 +239,6 @@ def test_greedy_tokens_have_more_than_weight_one_and_are_clamped(close):
     close(losses.wpo_weights(jnp.full((1, 2), 1e4)), [1.0])
 
 
-# AOT
-
-
-def everyone(policy):
-    return np.ones(len(policy), bool)
-
-
-def test_transport_of_a_single_pair_is_dpo(close):
-    policy, reference = (array[:1] for array in log_probs(10))
-    dpo = np.float64(losses.dpo(policy, reference, beta=0.2))
-    matched = losses.aot_matched_margins(policy, reference, everyone(policy))
-    close(losses.aot(policy, matched, beta=0.2), dpo)
-    matched = losses.aot_matched_ratios(policy, reference, everyone(policy))
-    close(losses.aot_unpaired(policy, reference, matched, beta=0.2), dpo)
-
-
-def test_the_matched_statistics_are_those_of_counting_ranks(run, close):
-    policy, reference = log_probs(11, size=9)
-    policy[3], policy[5] = policy[1], policy[1]  # ties
-    chosen, rejected = (policy - reference).T
-    listed = everyone(policy)
-    expected = oracle.of_same_rank(policy[:, 0] - policy[:, 1], reference[:, 0] - reference[:, 1])
-    close(run(losses.aot_matched_margins)(policy, reference, listed), expected)
-    expected = [oracle.of_same_rank(chosen, rejected), oracle.of_same_rank(rejected, chosen)]
-    close(run(losses.aot_matched_ratios)(policy, reference, listed), np.stack(expected, axis=1))
-
-
-def test_pairs_that_are_not_listed_count_for_nothing_whatever_they_hold(close):
-    policy, reference = log_probs(12, size=7)
-    listed = np.array([1, 0, 1, 1, 0, 1, 1], bool)
-    spoiled = tuple(np.where(listed[:, None], array, np.nan).astype(np.float32) for array in (policy, reference))
-    spoiled[0][1] = -np.inf
-    for match in (losses.aot_matched_margins, losses.aot_matched_ratios):
-        alone = np.float64(match(policy[listed], reference[listed], everyone(policy[listed])))
-        actual = np.asarray(match(*spoiled, listed))
-        close(actual[listed], alone)
-        assert not actual[~listed].any()
-        assert not np.asarray(match(policy, reference, np.zeros(7, bool))).any()
-
-
-def test_the_matched_statistics_have_no_gradient():
-    policy, reference = log_probs(13)
-    for match in (losses.aot_matched_margins, losses.aot_matched_ratios):
-        for slope in gradient(lambda p, r, match=match: match(p, r, everyone(p)), policy, reference, argnums=(0, 1)):
-            assert not np.asarray(slope).any()
-
-
-def sorted_paired(policy, reference, epsilon):
-    """The paper's loss of the whole batch, differentiated through the sort."""
-    gaps = jnp.sort(policy[:, 0] - policy[:, 1]) - jnp.sort(reference[:, 0] - reference[:, 1])
-    return ((1 - epsilon) * jax.nn.softplus(-0.2 * gaps) + epsilon * jax.nn.softplus(0.2 * gaps)).sum()
-
-
-def sorted_unpaired(policy, reference, epsilon):
-    gaps = jnp.sort(policy[:, 0] - reference[:, 0]) - jnp.sort(policy[:, 1] - reference[:, 1])
-    return ((1 - epsilon) * jax.nn.softplus(-0.2 * gaps) + epsilon * jax.nn.softplus(0.2 * gaps)).sum()
-
-
-def paired(policy, reference, matched, epsilon):
-    return losses.aot(policy, matched, beta=0.2, label_smoothing=epsilon).sum()
-
-
-def unpaired(policy, reference, matched, epsilon):
-    return losses.aot_unpaired(policy, reference, matched, beta=0.2, label_smoothing=epsilon).sum()
-
-
-@pytest.mark.parametrize("epsilon", [0.0, 0.2])
-@pytest.mark.parametrize(
-    ("match", "part", "whole"),
-    [
-        (losses.aot_matched_margins, paired, sorted_paired),
-        (losses.aot_matched_ratios, unpaired, sorted_unpaired),
-    ],
-    ids=["paired", "unpaired"],
-)
-def test_halves_with_the_statistics_of_the_whole_have_the_value_and_gradient_of_the_sorted_batch(
-    match, part, whole, epsilon, close
-):
-    policy, reference = log_probs(14, size=10)
-    matched = match(policy, reference, everyone(policy))
-    expected, expected_slopes = jax.jit(jax.value_and_grad(whole))(policy, reference, epsilon)
-    value, slopes = 0.0, []
-    differentiated = jax.jit(jax.value_and_grad(part))
-    for half in (slice(0, 5), slice(5, 10)):
-        v, g = differentiated(policy[half], reference[half], matched[half], epsilon)
-        value, slopes = value + v, [*slopes, g]
-    close(value, np.float64(expected))
-    close(np.concatenate(slopes), np.float64(expected_slopes))
-    # Statistics of each half by itself are another loss.
-    own = sum(
-        part(policy[h], reference[h], match(policy[h], reference[h], everyone(policy[h])), epsilon)
-        for h in (slice(0, 5), slice(5, 10))
-    )
-    assert abs(float(own) - float(expected)) > 1e-3
-
-
-def test_transport_is_blind_to_who_is_paired_with_whom(close):
-    policy, reference = log_probs(15)
-    order = np.random.default_rng(0).permutation(len(policy))
-    # Another reference margin for every pair, the same set of them: the paired form does not see it.
-    shuffled = reference[order]
-    margins = [losses.aot_matched_margins(policy, r, everyone(policy)) for r in (reference, shuffled)]
-    close(margins[0], np.float64(margins[1]))
-    # Other rejected responses for every chosen one: the unpaired form does not see it.
-    other = (np.stack([array[:, 0], array[order, 1]], axis=1) for array in (policy, reference))
-    totals = []
-    for p, r in ((policy, reference), tuple(other)):
-        totals.append(losses.aot_unpaired(p, r, losses.aot_matched_ratios(p, r, everyone(p))).sum())
-    close(totals[0], np.float64(totals[1]))
-
-
-def test_transport_starts_at_log_2_and_half_smoothing_makes_it_even(close):
-    policy, _ = log_probs(16)
-    margins = losses.aot_matched_margins(policy, policy, everyone(policy))
-    close(losses.aot(policy, margins), np.full(len(policy), LOG_2))
-    zeros = losses.aot_matched_ratios(policy, policy, everyone(policy))
-    close(losses.aot_unpaired(policy, policy, zeros), np.full(len(policy), LOG_2))
-    even = losses.aot(policy, jnp.zeros(len(policy)), label_smoothing=0.5)
-    close(losses.aot(policy[:, ::-1], jnp.zeros(len(policy)), label_smoothing=0.5), np.float64(even))
-
-
 # DiscoPOP
 
 
@@ -396,67 +255,6 @@ def test_discopop_is_logistic_for_wrong_pairs_and_exponential_for_right_ones(clo
     close(losses.discopop(policy, zeros, beta=0.05, temperature=0.05), expected)
     slopes = np.asarray(gradient(losses.discopop, policy, zeros))
     close(slopes[1], [-0.05, 0.05])
-
-
-# SPA
-
-
-def test_spa_with_alpha_zero_or_no_threshold_is_dpo_and_with_all_noise_conservative_dpo(close):
-    policy, reference = log_probs(17)
-    dpo = np.float64(losses.dpo(policy, reference, beta=0.2))
-    close(losses.spa(policy, reference, policy, jnp.inf, beta=0.2, alpha=0.0), dpo)
-    close(losses.spa(policy, reference, policy, -jnp.inf, beta=0.2), dpo)
-    everything = losses.spa(policy, reference, policy, jnp.inf, beta=0.2, alpha=0.3)
-    close(everything, np.float64(losses.cdpo(policy, reference, beta=0.2, label_smoothing=0.3)))
-
-
-def test_spa_detects_with_the_margin_of_the_model_that_it_is_given(close):
-    policy, zeros = ratios((4.0, 0.0), (4.0, 0.0), (4.0, 0.0), (-4.0, 0.0))
-    detection = np.array([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0], [3.0, 0.0]], np.float32)
-    calm, noisy = np.logaddexp(0, -2.0), 0.9 * np.logaddexp(0, -2.0) + 0.1 * np.logaddexp(0, 2.0)
-    # beta times 2 is on the threshold itself: noise.
-    close(losses.spa(policy, zeros, detection, 1.0, beta=0.5), [calm, noisy, noisy, np.logaddexp(0, 2.0)])
-    # The policy as its own detector: all margins above 1 but the last.
-    smoothed = 0.9 * np.logaddexp(0, 2.0) + 0.1 * np.logaddexp(0, -2.0)
-    close(losses.spa(policy, zeros, policy, 1.0, beta=0.5), [calm, calm, calm, smoothed])
-    # The smoothed loss of a noisy pair rests at a finite margin.
-    rest, zero = ratios((np.log(9.0) / 0.5, 0.0))
-    slope = gradient(lambda p, r: losses.spa(p, r, p, jnp.inf, beta=0.5, alpha=0.1), rest, zero)
-    np.testing.assert_allclose(slope, 0.0, atol=1e-7)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 7, 50, 73])
-def test_the_threshold_is_the_quantile_of_the_last_fifty_steps(steps, close):
-    means = np.random.default_rng(steps).normal(0.3, 1.0, steps).astype(np.float32)
-    remember = jax.jit(lambda history, mean: (losses.spa_remember(history, mean), None))
-    history, _ = jax.lax.scan(remember, losses.spa_history(), means)
-    assert history.count == steps
-    for quantile in (0.0, 0.1, 0.5, 1.0):
-        close(losses.spa_threshold(history, quantile=quantile), np.quantile(np.float64(means[-50:]), quantile))
-
-
-def test_there_is_no_threshold_before_the_start_or_without_memory():
-    threshold = jax.jit(lambda history, start: losses.spa_threshold(history, start=start))
-    history = losses.spa_history()
-    assert threshold(history, 0.0) == -np.inf
-    for step in range(1, 5):
-        history = losses.spa_remember(history, float(step))
-        assert (threshold(history, 2.5) == -np.inf) == (step < 2.5)
-        assert threshold(history, 0.0) >= 1.0
-
-
-def test_what_is_remembered_has_no_gradient():
-    def threshold(mean):
-        return losses.spa_threshold(losses.spa_remember(losses.spa_history(), mean))
-
-    value, slope = jax.value_and_grad(threshold)(0.25)
-    assert value == 0.25 and slope == 0
-    # The memory stays in float32 where the losses are in float64.
-    with jax.enable_x64(True):
-        history = losses.spa_remember(losses.spa_history(), np.float64(0.1))
-        assert history.margins.dtype == jnp.float32 and history.count.dtype == jnp.int32
-        pair = np.zeros((1, 2))
-        assert losses.spa(pair, pair, pair, losses.spa_threshold(history)).dtype == jnp.float64
 
 
 # MAPL, BVPO
@@ -526,6 +324,18 @@ def test_bvpo_s_weight_is_clipped_and_defined_where_every_weight_is_as_good(clos
     close(losses.bvpo_weight(one, one, 2.0, 2.0, 2.0), 0.5)
     slopes = jax.grad(lambda b: losses.bvpo_weight(b, one, 1.0, 1.0, 0.0))(zeros)
     assert not slopes.any()
+
+
+def test_bvpo_s_weight_takes_moments_of_any_type(close):
+    b_t, b_e = jnp.array([1.0, -2.0]), jnp.array([0.5, 0.25], jnp.bfloat16)
+    expected = np.float64(losses.bvpo_weight(b_t, b_e.astype(jnp.float32), 3.0, 2.0, 1.0))
+    assert 0.1 < expected < 0.9
+    moments = jnp.bfloat16(3.0), np.int32(2), np.float64(1.0)
+    actual = losses.bvpo_weight(b_t, b_e, *moments)
+    assert actual.dtype == jnp.float32
+    close(actual, expected)
+    with jax.enable_x64(True):
+        close(losses.bvpo_weight(np.float32(b_t), np.float32(b_e), *moments), expected)
 
 
 # Arguments

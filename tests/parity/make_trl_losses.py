@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import transformers
 import trl
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.gkd import GKDTrainer
@@ -48,6 +49,7 @@ PROMPTS = (3, 1, 4, 2, 2)
 RESPONSES = ((2, 3, 4), (5, 1, 2), (3, 3, 1), (1, 4, 5), (4, 2, 3))
 CHOICES = ("greedy", "any", "sample", "sample", "any")
 MARGINS = (0.0, 0.5, 3.0, 1.0, -0.25)
+PAIR, UNPAIRED = ("prompt", "chosen", "rejected"), ("prompt", "completion", "label")
 CONFIG = LlamaConfig(
     vocab_size=VOCAB,
     hidden_size=WIDTH,
@@ -61,60 +63,49 @@ CONFIG = LlamaConfig(
     pad_token_id=0,
     num_labels=1,
 )
-# Trainer -> what stands in its configuration, case by case. `loss_type` is TRL's name.
+
+
+def grid(*names: str, **options) -> tuple[dict, ...]:
+    """Settings of every loss of these names with every combination of these options."""
+    combinations = list(itertools.product(*options.values()))
+    return tuple({"loss_type": name} | dict(zip(options, c, strict=True)) for name in names for c in combinations)
+
+
+COEFFICIENTS = (0.0, 0.2, 0.5, 0.8, 1.0)
+# What stands in the trainers' configurations, case by case, under TRL's names.
 DPO = (
-    *({"loss_type": "sigmoid", "beta": beta} for beta in (0.1, 0.5, 2.0)),
-    {"loss_type": "sigmoid", "beta": 0.5, "label_smoothing": 0.2},
+    *grid("sigmoid", beta=(0.1, 0.5, 2.0)),
+    *grid("sigmoid", beta=(0.5,), label_smoothing=(0.2,)),
     {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "beta": 0.5},
     {"loss_type": "sft"},
-    *({"loss_type": "hinge", "beta": beta} for beta in (0.1, 1.0)),
-    *({"loss_type": "ipo", "beta": beta} for beta in (0.1, 0.7)),
-    *({"loss_type": "sigmoid_norm", "beta": beta} for beta in (0.1, 5.0)),
-    *({"loss_type": "exo_pair", "beta": b, "label_smoothing": e} for b, e in ((0.1, 1e-3), (0.7, 0.2))),
-    *({"loss_type": "robust", "beta": b, "label_smoothing": e} for b, e in ((0.1, 0.1), (0.7, 0.3), (0.5, 0.0))),
-    *({"loss_type": name, "beta": b} for name in ("nca_pair", "bco_pair", "apo_zero", "apo_down") for b in (0.1, 1.0)),
-    *({"loss_type": "sppo_hard", "beta": beta} for beta in (1e-3, 0.1)),
-    *(
-        {"loss_type": name, "beta": b, "label_smoothing": e}
-        for name in ("aot", "aot_unpaired")
-        for b, e in ((0.1, 0.0), (0.7, 0.2))
-    ),
-    *({"loss_type": "discopop", "beta": b, "discopop_tau": t} for b, t in ((0.05, 0.05), (0.5, 0.4))),
-    *({"loss_type": "sigmoid", "beta": b, "f_divergence_type": "reverse_kl"} for b in (0.1,)),
-    *({"loss_type": "sigmoid", "beta": b, "f_divergence_type": "forward_kl"} for b in (0.01, 0.1)),
-    *({"loss_type": "sigmoid", "beta": b, "f_divergence_type": "js_divergence"} for b in (0.1, 1.0)),
-    *(
-        {"loss_type": "sigmoid", "beta": 0.1, "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": a}
-        for a in (0.0, 0.2, 0.5, 0.8, 1.0)
-    ),
-    *({"loss_type": "sigmoid", "beta": 0.3, "ld_alpha": alpha} for alpha in (0.0, 0.4, 1.0)),
-    *({"loss_type": name, "beta": 0.5, "use_weighting": True} for name in ("sigmoid", "ipo", "hinge", "sft")),
+    *grid("hinge", "nca_pair", "bco_pair", "apo_zero", "apo_down", beta=(0.1, 1.0)),
+    *grid("ipo", "sigmoid_norm", beta=(0.1, 0.7, 5.0)),
+    *grid("exo_pair", beta=(0.1, 0.7), label_smoothing=(1e-3, 0.2)),
+    *grid("robust", "aot", "aot_unpaired", beta=(0.1, 0.5), label_smoothing=(0.0, 0.3)),
+    *grid("sppo_hard", beta=(1e-3, 0.1)),
+    *grid("discopop", beta=(0.05, 0.5), discopop_tau=(0.05, 0.4)),
+    *grid("sigmoid", beta=(0.01, 0.1), f_divergence_type=("reverse_kl", "forward_kl", "js_divergence")),
+    *grid("sigmoid", beta=(0.1,), f_divergence_type=("alpha_divergence",), f_alpha_divergence_coef=COEFFICIENTS),
+    *grid("sigmoid", beta=(0.3,), ld_alpha=(0.0, 0.4, 1.0)),
+    *grid("sigmoid", "ipo", "hinge", "sft", beta=(0.5,), use_weighting=(True,)),
 )
 KTO = (
-    *({"loss_type": "kto", "beta": beta} for beta in (0.1, 0.7)),
-    {"loss_type": "kto", "beta": 0.3, "desirable_weight": 1.25, "undesirable_weight": 0.5},
-    *({"loss_type": "apo_zero_unpaired", "beta": beta} for beta in (0.1, 0.7)),
+    *grid("kto", "apo_zero_unpaired", beta=(0.1, 0.7)),
+    *grid("kto", beta=(0.3,), desirable_weight=(1.25,), undesirable_weight=(0.5,)),
 )
 CPO = (
-    *({"loss_type": "sigmoid", "beta": b, "cpo_alpha": a} for b, a in ((0.1, 1.0), (0.5, 0.3), (0.5, 0.0))),
-    {"loss_type": "sigmoid", "beta": 0.5, "cpo_alpha": 0.0, "label_smoothing": 0.2},
-    *({"loss_type": "hinge", "beta": beta, "cpo_alpha": 0.0} for beta in (0.1, 0.5)),
-    *({"loss_type": "ipo", "beta": beta, "cpo_alpha": 0.0} for beta in (0.1, 0.7)),
-    *({"loss_type": "simpo", "beta": b, "simpo_gamma": g, "cpo_alpha": 0.0} for b, g in ((2.0, 0.5), (10.0, 3.0))),
-    {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.5},
-    {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.5, "cpo_alpha": 0.0, "label_smoothing": 0.1},
-    {"loss_type": "alphapo", "beta": 2.0, "simpo_gamma": 0.5},
-    *({"loss_type": "alphapo", "beta": 2.0, "simpo_gamma": 0.5, "alpha": alpha} for alpha in (0.25, -0.5)),
+    *grid("sigmoid", beta=(0.1, 0.5), cpo_alpha=(0.0, 0.3, 1.0)),
+    *grid("hinge", "ipo", beta=(0.1, 0.5), cpo_alpha=(0.0,)),
+    *grid("simpo", beta=(2.0, 10.0), simpo_gamma=(0.5, 3.0), cpo_alpha=(0.0,)),
+    *grid("simpo", "alphapo", beta=(2.0,), simpo_gamma=(0.5,)),
+    *grid("alphapo", beta=(2.0,), simpo_gamma=(0.5,), alpha=(0.25, -0.5)),
+    *grid("sigmoid", "simpo", beta=(0.5,), simpo_gamma=(0.5,), cpo_alpha=(0.0,), label_smoothing=(0.2,)),
 )
-ORPO = ({"loss_type": "orpo", "beta": 0.1}, {"loss_type": "orpo", "beta": 1.0})
-TPO = tuple(
-    {"loss_type": name, "beta": beta, "tpo_alpha": alpha}
-    for name in ("sigmoid", "hinge", "ipo", "tpo-l")
-    for beta, alpha in ((0.5, 0.0), (0.1, 0.7))
-)
-ONLINE_DPO = tuple({"loss_type": name, "beta": beta} for name in ("sigmoid", "ipo") for beta in (0.1, 0.5))
+ORPO = grid("orpo", beta=(0.1, 1.0))
+TPO = grid("sigmoid", "hinge", "ipo", "tpo-l", beta=(0.5,), tpo_alpha=(0.0, 0.7))
+ONLINE_DPO = grid("sigmoid", "ipo", beta=(0.1, 0.5))
 REWARD = ({}, {"margin": True}, {"center_rewards_coefficient": 0.01}, {"center_rewards_coefficient": 0.5})
-SFT = ({"loss_type": "nll"}, {"loss_type": "chunked_nll"}, {"loss_type": "dft"})
+SFT = grid("nll", "chunked_nll", "dft")
 JSD_BETAS = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)
 
 
@@ -209,21 +200,10 @@ def built(trainer, config, columns: tuple[str, ...], model, settings: dict, **kw
         )
 
 
-def record_pairs(record: Record, policy, reference, examples):
-    """What every pair case reads: tokens and masks `[2B, T]`, chosen first, as TRL's collator lays them out; logits."""
-    columns = ("prompt", "chosen", "rejected")
-    with built(trl.DPOTrainer, trl.DPOConfig, columns, policy, {}, reference=reference) as trainer:
-        batch = trainer.data_collator(examples)
-    with torch.no_grad():
-        logits = policy(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    masks = {name: batch[name].bool() for name in ("attention_mask", "completion_mask")}
-    record.inputs("pairs", input_ids=batch["input_ids"], policy_logits=logits, **masks)
-
-
 def record_dpo(record: Record, policy, reference, examples):
-    columns = ("prompt", "chosen", "rejected")
+    """Tokens and masks are `[2B, T]`, chosen responses first, as TRL's collator lays them out."""
     for settings in DPO:
-        with built(trl.DPOTrainer, trl.DPOConfig, columns, policy, settings, reference=reference) as trainer:
+        with built(trl.DPOTrainer, trl.DPOConfig, PAIR, policy, settings, reference=reference) as trainer:
             watched, batch = Watched(trainer.model), trainer.data_collator(examples)
             trainer.ref_model = Watched(trainer.ref_model)
             try:
@@ -237,6 +217,11 @@ def record_dpo(record: Record, policy, reference, examples):
         if trainer.use_weighting:
             record.inputs("pairs", log_sum_sq_probs=output.log_sum_sq_probs)
         record.add("dpo", settings, loss=loss, gradient=output.log_probs.grad)
+    masks = {name: batch[name].bool() for name in ("attention_mask", "completion_mask")}
+    record.inputs("pairs", input_ids=batch["input_ids"], **masks)
+    with torch.no_grad():
+        logits = policy(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    record.inputs("pairs", policy_logits=logits)
 
 
 def kto_examples(examples):
@@ -252,15 +237,11 @@ def kto_examples(examples):
 def record_kto(record: Record, policy, reference, examples):
     rows = kto_examples(examples)
     # Swapping policy and reference turns the sign of the KL estimate; a batch without rejected responses is the edge.
-    runs = (
-        ("", policy, reference, rows),
-        ("swapped_", reference, policy, rows),
-        ("chosen_", policy, reference, rows[:5]),
-    )
-    for (prefix, model, ref_model, chosen_rows), settings in itertools.product(runs, KTO):
-        columns = ("prompt", "completion", "label")
-        with built(trl.KTOTrainer, trl.KTOConfig, columns, model, settings, reference=ref_model) as trainer:
-            watched, batch = Watched(trainer.model), trainer.data_collator(chosen_rows)
+    both = (policy, reference)
+    runs = (("", *both, rows), ("swapped_", *both[::-1], rows), ("chosen_", *both, rows[: len(examples)]))
+    for (prefix, model, ref_model, batch_rows), settings in itertools.product(runs, KTO):
+        with built(trl.KTOTrainer, trl.KTOConfig, UNPAIRED, model, settings, reference=ref_model) as trainer:
+            watched, batch = Watched(trainer.model), trainer.data_collator(batch_rows)
             trainer.ref_model = Watched(trainer.ref_model)
             loss = trainer._compute_loss(watched, batch, False)
             loss.backward()
@@ -283,18 +264,18 @@ def paired_batch(examples) -> dict[str, torch.Tensor]:
             row = {"input_ids": prompt + response, "attention_mask": [1] * len(prompt + response)}
             rows.append(torch.tensor((row | {"labels": [-100] * len(prompt) + response})[name]))
         padding = -100 if name == "labels" else 0
-        batch[f"{side}_{name}"] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+        batch[f"{side}_{name}"] = pad_sequence(rows, batch_first=True, padding_value=padding)
     return batch
 
 
 def record_cpo_and_orpo(record: Record, policy, examples):
     """Per pair and with its gradient from the trainer's loss method; in all, NLL included, from its batch method."""
-    batch, columns = paired_batch(examples), ("prompt", "chosen", "rejected")
+    batch = paired_batch(examples)
     runs = [("cpo", CPOTrainer, CPOConfig, settings) for settings in CPO]
     runs += [("orpo", ORPOTrainer, ORPOConfig, settings) for settings in ORPO]
     for name, trainer_class, config, settings in runs:
         given = {key: value for key, value in settings.items() if (name, key) != ("orpo", "loss_type")}
-        with built(trainer_class, config, columns, policy, given) as trainer:
+        with built(trainer_class, config, PAIR, policy, given) as trainer:
             watched = Watched(trainer.model)
             loss, metrics = trainer.get_batch_loss_metrics(watched, batch)
             chosen, rejected = (x.detach() for x in trainer.concatenated_forward(trainer.model, batch)[:2])
@@ -308,8 +289,7 @@ def record_cpo_and_orpo(record: Record, policy, examples):
 
 def record_tpo(record: Record, policy, examples):
     for settings in TPO:
-        columns = ("prompt", "chosen", "rejected", "reference")
-        with built(TPOTrainer, TPOConfig, columns, policy, settings) as trainer:
+        with built(TPOTrainer, TPOConfig, (*PAIR, "reference"), policy, settings) as trainer:
             watched, batch = Watched(trainer.model), trainer.data_collator(examples)
             loss = trainer._compute_loss(watched, batch, False)
             loss.backward()
@@ -329,23 +309,19 @@ class GivenCompletions(OnlineDPOTrainer):
 
 def record_online_dpo(record: Record, policy, reference, examples):
     """One training step; prompts are padded on the left, completions on the right, as TRL's generation does."""
+    prompts = [torch.tensor(example["prompt_ids"]) for example in examples] * 2
+    completions = [torch.tensor(example[side]) for side in ("chosen_ids", "rejected_ids") for example in examples]
+    given = [
+        pad_sequence(values, batch_first=True, padding_side=side)
+        for rows, side in ((prompts, "left"), (completions, "right"))
+        for values in (rows, [torch.ones_like(row) for row in rows])
+    ]
+    kwargs = {"reference": reference, "reward_funcs": lambda prompts, **_: [-float(i) for i in range(len(prompts))]}
     for settings in ONLINE_DPO:
-        rewards = {"reward_funcs": lambda prompts, **_: [float(-i) for i in range(len(prompts))]}
-        with built(
-            GivenCompletions, OnlineDPOConfig, ("prompt",), policy, settings, reference=reference, **rewards
-        ) as made:
-            prompts, completions = [], []
-            for side, example in itertools.product(("chosen_ids", "rejected_ids"), examples):
-                prompts.append(torch.tensor(example["prompt_ids"]))
-                completions.append(torch.tensor(example[side]))
-            made.given = []
-            for rows, padding_side in ((prompts, "left"), (completions, "right")):
-                for padded in (rows, [torch.ones_like(row) for row in rows]):
-                    made.given.append(
-                        torch.nn.utils.rnn.pad_sequence(padded, batch_first=True, padding_side=padding_side)
-                    )
-            made.create_optimizer()
-            loss = made.training_step(made.model, {"prompt": ["w1"] * len(examples)})
+        with built(GivenCompletions, OnlineDPOConfig, ("prompt",), policy, settings, **kwargs) as trainer:
+            trainer.given = given
+            trainer.create_optimizer()
+            loss = trainer.training_step(trainer.model, {"prompt": ["w1"] * len(examples)})
         record.add("online_dpo", settings, loss=loss)
 
 
@@ -353,8 +329,7 @@ def record_reward(record: Record, scorer, examples):
     for settings in REWARD:
         with_margin = settings.get("margin", False)
         given = {name: value for name, value in settings.items() if name != "margin"}
-        columns = ("chosen", "rejected")
-        with built(trl.RewardTrainer, trl.RewardConfig, columns, scorer, given) as trainer:
+        with built(trl.RewardTrainer, trl.RewardConfig, PAIR[1:], scorer, given) as trainer:
             rows = [
                 {name: example["prompt_ids"] + example[name] for name in ("chosen_ids", "rejected_ids")}
                 | ({"margin": margin} if with_margin else {})
@@ -430,7 +405,6 @@ def names_in_source() -> dict[str, list[str]]:
 def main():
     policy, reference, scorer = make_models()
     examples, record = make_examples(policy), Record()
-    record_pairs(record, policy, reference, examples)
     record_dpo(record, policy, reference, examples)
     record_kto(record, policy, reference, examples)
     record_cpo_and_orpo(record, policy, examples)

@@ -52,8 +52,8 @@ def f_sft_chi2(
 
         >>> import jax.numpy as jnp
         >>> import numpy as np
-        >>> from palign.losses.experimental.f_sft import f_sft_chi2
-        >>> print(np.asarray(f_sft_chi2(jnp.array([-10.0]), jnp.array([-20.0]), beta=0.1)).round(4))
+        >>> from palign.losses import experimental
+        >>> print(np.asarray(experimental.f_sft_chi2(jnp.array([-10.0]), jnp.array([-20.0]), beta=0.1)).round(4))
         [-0.75]
     """
     u = _rewards("f_sft_chi2", policy_logps, ref_logps, beta)
@@ -90,9 +90,9 @@ def f_sft_hellinger(
 
         >>> import jax.numpy as jnp
         >>> import numpy as np
-        >>> from palign.losses.experimental.f_sft import f_sft_hellinger
+        >>> from palign.losses import experimental
         >>> policy = jnp.array([-10.0, -29.0, -30.0])
-        >>> print(np.asarray(f_sft_hellinger(policy, jnp.full(3, -20.0), beta=0.1)).round(3))
+        >>> print(np.asarray(experimental.f_sft_hellinger(policy, jnp.full(3, -20.0), beta=0.1)).round(3))
         [-0.5  9.  19. ]
     """
     u = _rewards("f_sft_hellinger", policy_logps, ref_logps, beta)
@@ -130,8 +130,8 @@ def f_sft_reverse_kl(
 
         >>> import jax.numpy as jnp
         >>> import numpy as np
-        >>> from palign.losses.experimental.f_sft import f_sft_reverse_kl
-        >>> print(np.asarray(f_sft_reverse_kl(jnp.array([-10.0]), jnp.array([-20.0]), beta=0.1)).round(4))
+        >>> from palign.losses import experimental
+        >>> print(np.asarray(experimental.f_sft_reverse_kl(jnp.array([-10.0]), jnp.array([-20.0]), beta=0.1)).round(4))
         [0.1353]
     """
     exponent = _rewards("f_sft_reverse_kl", policy_logps, ref_logps, beta) + 1
@@ -171,9 +171,9 @@ def f_sft_forward_kl(
 
         >>> import jax.numpy as jnp
         >>> import numpy as np
-        >>> from palign.losses.experimental.f_sft import f_sft_forward_kl
+        >>> from palign.losses import experimental
         >>> policy = jnp.array([-10.0, -19.0, -20.0])
-        >>> print(np.asarray(f_sft_forward_kl(policy, jnp.full(3, -20.0), beta=0.1)).round(4))
+        >>> print(np.asarray(experimental.f_sft_forward_kl(policy, jnp.full(3, -20.0), beta=0.1)).round(4))
         [-1.      1.3026  2.3026]
     """
     u = _rewards("f_sft_forward_kl", policy_logps, ref_logps, beta)
@@ -212,8 +212,8 @@ def f_sft_js(
 
         >>> import jax.numpy as jnp
         >>> import numpy as np
-        >>> from palign.losses.experimental.f_sft import f_sft_js
-        >>> print(np.asarray(f_sft_js(jnp.array([-10.0]), jnp.array([-20.0]), beta=0.1)).round(4))
+        >>> from palign.losses import experimental
+        >>> print(np.asarray(experimental.f_sft_js(jnp.array([-10.0]), jnp.array([-20.0]), beta=0.1)).round(4))
         [-0.4899]
     """
     u = _rewards("f_sft_js", policy_logps, ref_logps, beta)

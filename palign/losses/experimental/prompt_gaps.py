@@ -45,9 +45,9 @@ def mapl_inter(
 
         >>> import jax.numpy as jnp
         >>> import numpy as np
-        >>> from palign.losses.experimental.prompt_gaps import mapl_inter
+        >>> from palign.losses import experimental
         >>> policy = jnp.array([[[-9.0, -13.0], [-11.0, -12.0]]])
-        >>> print(np.asarray(mapl_inter(policy, jnp.full((1, 2, 2), -12.0), beta=0.1)).round(4))
+        >>> print(np.asarray(experimental.mapl_inter(policy, jnp.full((1, 2, 2), -12.0), beta=0.1)).round(4))
         [0.5544]
     """
     shape = jnp.shape(policy_logps)

@@ -55,11 +55,11 @@ def rank_list(
 
         >>> import jax.numpy as jnp
         >>> import numpy as np
-        >>> from palign.losses.experimental.rank_list import rank_list
+        >>> from palign.losses import experimental
         >>> scores, valid = jnp.array([[2.0, 1.0, 0.0]]), jnp.ones((1, 3), bool)
-        >>> print(np.asarray(rank_list(scores, scores, valid)).round(4))
+        >>> print(np.asarray(experimental.rank_list(scores, scores, valid)).round(4))
         [0.6265]
-        >>> print(np.asarray(rank_list(scores, scores, valid, skips=2)).round(4))
+        >>> print(np.asarray(experimental.rank_list(scores, scores, valid, skips=2)).round(4))
         [0.7535]
     """
     check_lists("rank_list", valid, scores=scores, labels=labels)
@@ -111,9 +111,9 @@ def rank_list_lse(
 
         >>> import jax.numpy as jnp
         >>> import numpy as np
-        >>> from palign.losses.experimental.rank_list import rank_list_lse
+        >>> from palign.losses import experimental
         >>> labels, valid = jnp.array([[3.0, 1.0, 2.0]]), jnp.ones((1, 3), bool)
-        >>> print(np.asarray(rank_list_lse(jnp.zeros((1, 3)), labels, valid)).round(4))
+        >>> print(np.asarray(experimental.rank_list_lse(jnp.zeros((1, 3)), labels, valid)).round(4))
         [1.7918]
     """
     check_lists("rank_list_lse", valid, scores=scores, labels=labels)

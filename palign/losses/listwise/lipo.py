@@ -154,7 +154,7 @@ def lipo_pair_logistic(
         "Learning to Rank using Gradient Descent", ICML 2005 (RankNet).
 
     Notes:
-        K = 2 is exactly `dpo`. `lipo_lambda` weighs the same pairs. RAX's `pairwise_logistic_loss` is the same, as a
+        K = 2 is `dpo`. `lipo_lambda` weighs the same pairs. RAX's `pairwise_logistic_loss` is the same, as a
         mean over the pairs of the whole batch by default. TRL, tunix and EasyDeL have no listwise loss.
 
     Examples:

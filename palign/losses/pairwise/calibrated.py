@@ -206,8 +206,8 @@ def sppo_hard(
         ValueError: a shape is not `[B, 2]`, or `beta` is a plain number that is not finite and above 0.
 
     References:
-        Wu et al., "Self-Play Preference Optimization for Language Model Alignment", arXiv 2405.00675, Eq. 4.7, with
-        probabilities of 1 and 0.
+        Wu et al., "Self-Play Preference Optimization for Language Model Alignment", arXiv 2405.00675, with
+        probabilities of winning of 1 and 0.
 
     Notes:
         Without the factor 1/2 of the authors' code, as TRL's `sppo_hard`; the gradient is then twice theirs.

@@ -104,8 +104,9 @@ def bvpo_weight(
     check_scalars("bvpo_weight", trace_variance=trace_variance, empty_variance=empty_variance, covariance=covariance)
     of_trace, of_empty = as_float(trace_bias), as_float(empty_bias)
     between = of_empty - of_trace
-    numerator = jnp.sum(of_empty * between) + empty_variance - covariance
-    denominator = jnp.sum(between**2) + trace_variance + empty_variance - 2 * covariance
+    s_t, s_e, s_te = (as_float(v).astype(between.dtype) for v in (trace_variance, empty_variance, covariance))
+    numerator = jnp.sum(of_empty * between) + s_e - s_te
+    denominator = jnp.sum(between**2) + s_t + s_e - 2 * s_te
     same = denominator <= 0
     ratio = jnp.where(same, 0.5, numerator / jnp.where(same, 1.0, denominator))
     return jax.lax.stop_gradient(jnp.clip(ratio, 0.0, 1.0))

@@ -21,7 +21,7 @@ class SpaHistory(NamedTuple):
     """Mean margins of the last 50 steps, in a ring, and how many steps there have been."""
 
     margins: Float[Array, " 50"]
-    count: Int[Array, ""]
+    count: Int[Array, ""]  # type: ignore[assignment]  # hides tuple.count, which nobody needs
 
 
 def spa(
@@ -187,13 +187,15 @@ def spa_threshold(
     filled = jnp.minimum(history.count, _REMEMBERED)
     places = jnp.arange(_REMEMBERED, dtype=filled.dtype)
     ascending = jnp.sort(jnp.where(places < filled, history.margins, jnp.inf))
+    # So that nothing is NaN while nothing is remembered.
+    ascending = jnp.where(places < filled, ascending, 0.0)
     last = jnp.maximum(filled - 1, 0)
-    position = quantile * last.astype(ascending.dtype)
+    share, first = (as_float(number).astype(ascending.dtype) for number in (quantile, start))
+    position = share * last.astype(ascending.dtype)
     below = jnp.floor(position).astype(jnp.int32)
     low, high = ascending[below], ascending[jnp.minimum(below + 1, last)]
-    # While nothing is remembered both are infinite, and their difference would be NaN: `where` is on the difference.
-    value = low + (position - jnp.floor(position)) * jnp.where(filled > 0, high - low, 0.0)
-    known = (filled > 0) & (history.count.astype(ascending.dtype) >= start)
+    value = low + (position - jnp.floor(position)) * (high - low)
+    known = (filled > 0) & (history.count.astype(ascending.dtype) >= first)
     return jax.lax.stop_gradient(jnp.where(known, value, -jnp.inf))
 
 

@@ -2,15 +2,7 @@
 
 import numpy as np
 
-from palign.losses.experimental.f_sft import (
-    f_sft_chi2,
-    f_sft_forward_kl,
-    f_sft_hellinger,
-    f_sft_js,
-    f_sft_reverse_kl,
-)
-from palign.losses.experimental.prompt_gaps import mapl_inter
-from palign.losses.experimental.rank_list import rank_list, rank_list_lse
+from palign.losses import experimental
 from tests.losses.cases.case import Case, as_f32, list_extremes, list_inputs
 from tests.oracles import experimental_losses as oracle
 
@@ -58,12 +50,19 @@ def _ranked(loss, *, name="", **hyper) -> Case:
     return Case(loss, expected, "experimental", lists, _extreme_lists, hyper, stopped=(1,), name=name)
 
 
+F_SFT = (
+    experimental.f_sft_chi2,
+    experimental.f_sft_hellinger,
+    experimental.f_sft_reverse_kl,
+    experimental.f_sft_forward_kl,
+    experimental.f_sft_js,
+)
 CASES: tuple[Case, ...] = (
-    _ranked(rank_list),
-    _ranked(rank_list, name="rank_list_3_skips", skips=3, margin=0.5),
-    _ranked(rank_list_lse),
+    _ranked(experimental.rank_list),
+    _ranked(experimental.rank_list, name="rank_list_3_skips", skips=3, margin=0.5),
+    _ranked(experimental.rank_list_lse),
     Case(
-        mapl_inter,
+        experimental.mapl_inter,
         oracle.mapl_inter,
         "experimental",
         _prompt_pairs,
@@ -71,5 +70,5 @@ CASES: tuple[Case, ...] = (
         {"beta": 0.3},
         stopped=(1,),
     ),
-    *(_f_sft(loss) for loss in (f_sft_chi2, f_sft_hellinger, f_sft_reverse_kl, f_sft_forward_kl, f_sft_js)),
+    *(_f_sft(loss) for loss in F_SFT),
 )

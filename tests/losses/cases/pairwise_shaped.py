@@ -1,5 +1,6 @@
 """Pairs: other divergences, calibrated targets, weights, transport, noise, and mixtures of losses."""
 
+import jax
 import numpy as np
 
 from palign import losses
@@ -7,6 +8,32 @@ from tests.losses.cases.case import Case, as_f32, pair_extremes, pair_logps
 from tests.oracles import pairwise_shaped_losses as oracle
 
 BIG = 1e4
+LOG_2 = np.log(2.0)
+
+
+# What the tests of single identities use.
+
+
+def log_probs(seed, size=8):
+    """Policy and reference log-probabilities on a grid that float32 subtracts exactly: two `[B, 2]`."""
+    rng = np.random.default_rng(seed)
+    policy = np.round(-16 * rng.gamma(4.0, 8.0, (size, 2))) / 16
+    reference = policy + np.round(16 * rng.normal(0.0, 3.0, (size, 2))) / 16
+    return policy.astype(np.float32), reference.astype(np.float32)
+
+
+def ratios(*pairs):
+    """A policy with the given (chosen, rejected) log-ratios against a reference of zeros."""
+    policy = np.array(pairs, np.float32)
+    return policy, np.zeros_like(policy)
+
+
+def gradient(loss, *arrays, argnums=0):
+    """The gradient of the summed loss with respect to the arrays at `argnums`."""
+    return jax.jit(jax.grad(lambda *args: loss(*args).sum(), argnums=argnums))(*arrays)
+
+
+# Inputs of the cases.
 
 
 def _near_pairs(rng, size):
