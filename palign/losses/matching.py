@@ -17,6 +17,7 @@ from palign.losses.checks import as_float, check_mask, check_positive, check_sam
 
 # Embeddings of unit scale need fewer than 20 steps; separable ones in the thousands, whose logits pass 100, about 50.
 _NEWTON_STEPS = 60
+_DOUBLINGS = 10
 
 
 class PromptClassifier(NamedTuple):
@@ -201,19 +202,31 @@ def _newton(
     # Rounding must not make the matrix indefinite. It bends a step a little, not the point where the steps end.
     jitter = 1 + inputs.shape[1] * jnp.finfo(dtype).eps
 
+    def residuals(logits):
+        # Both kinds as sigmoids: 1 - sigmoid(x) has no digits left for a large x.
+        return balance * jnp.where(desirable, -jax.nn.sigmoid(-logits), jax.nn.sigmoid(logits))
+
     def step(_, solution):
         logits = inputs @ solution
-        # Both residuals as sigmoids: 1 - sigmoid(x) has no digits left for a large x.
-        residuals = jnp.where(desirable, -jax.nn.sigmoid(-logits), jax.nn.sigmoid(logits))
-        gradient = inputs.T @ (balance * residuals) + penalty * solution
+        gradient = inputs.T @ residuals(logits) + penalty * solution
         curvature = balance * jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits)
         hessian = (inputs * curvature[:, None]).T @ inputs + jnp.diag(penalty)
         hessian = hessian * jnp.where(jnp.eye(inputs.shape[1], dtype=bool), jitter, 1.0).astype(dtype)
         direction = jax.scipy.linalg.solve(hessian, gradient, assume_a="pos")
+        moves = inputs @ direction
         # The longest step that surely does not overshoot: no logit moves by more than log(1 + reach). Towards the end
-        # reach goes to 0 and the step to a whole one. No values are compared, so float32 suffices.
-        reach = jnp.maximum(jnp.abs(inputs @ direction).max(), jnp.finfo(dtype).tiny)
-        return solution - jnp.log1p(reach) / reach * direction
+        # reach goes to 0 and the step to a whole one.
+        reach = jnp.maximum(jnp.abs(moves).max(), jnp.finfo(dtype).tiny)
+        sure = jnp.log1p(reach) / reach
+        # Doubled while the slope still falls: far from the end the sure step is far too careful. The slope rises along
+        # the way, and no values are compared, which float32 could not tell apart near the end.
+        lengths = sure * 2.0 ** jnp.arange(1, 1 + _DOUBLINGS, dtype=dtype)
+        falls = jax.vmap(
+            lambda length: (
+                moves @ residuals(logits - length * moves) + direction @ (penalty * (solution - length * direction))
+            )
+        )(lengths)
+        return solution - sure * 2.0 ** (falls >= 0).sum().astype(dtype) * direction
 
     return jax.lax.fori_loop(0, _NEWTON_STEPS, step, jnp.zeros(inputs.shape[1], dtype))
 

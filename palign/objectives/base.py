@@ -40,7 +40,13 @@ class Needs(NamedTuple):
 
     def __or__(self, other: "Needs") -> "Needs":
         """The needs of both."""
-        return Needs(*(a | b for a, b in zip(self, other, strict=True)))
+        return Needs(
+            self.logps or other.logps,
+            self.reference or other.reference,
+            self.values or other.values,
+            self.per_target | other.per_target,
+            self.frozen | other.frozen,
+        )
 
 
 class Forward(NamedTuple):
@@ -194,7 +200,8 @@ def run_forward(
     """
     tower = Tower(lm.hidden(params, batch), lm.unembed(params))
     towers = {role: _frozen_tower(lm, aux[role], batch) for role in sorted(needs.frozen)}
-    tokens, per_target = None, {}
+    tokens: TokenValues | None = None
+    per_target: dict[str, Array] = {}
     if needs.logps or needs.per_target:
         tokens, per_target = values_per_target(tower, towers, batch, needs.per_target, chunk=chunk)
     reference_logps = batch.reference_logps if needs.reference else None

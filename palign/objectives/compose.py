@@ -1,6 +1,6 @@
 """How a weighted list of methods becomes one objective."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,15 +63,16 @@ def make_objective(
     _check_reference(loss_type, needs, cached_reference)
     live = frozenset({REFERENCE}) if needs.reference and not cached_reference else frozenset()
     needs |= diagnosis.needs if diagnosis else Needs()
-    measured = [named for named in methods if named.method.statistic]
+    measured = {named.name: (named.method, named.method.statistic) for named in methods if named.method.statistic}
 
     def loss(params: Params, aux: Mapping[str, Params], batch: Batch, context: Context) -> Terms:
         forward = run_forward(lm, params, aux, batch, needs, chunk=chunk)
         return _terms(methods, forward, batch, context, diagnosis)
 
     def statistics(params: Params, aux: Mapping[str, Params], batch: Batch) -> dict[str, Any]:
-        forward = run_forward(lm, params, aux, batch, _needs_of_statistics(measured), chunk=chunk)
-        return {name: method.statistic.measure(method, forward, batch) for name, method, _ in measured}
+        asked = _union(statistic.needs for _, statistic in measured.values())
+        forward = run_forward(lm, params, aux, batch, asked, chunk=chunk)
+        return {name: statistic.measure(method, forward, batch) for name, (method, statistic) in measured.items()}
 
     return Objective(
         weights=weights,
@@ -79,7 +80,7 @@ def make_objective(
         counts=lambda batch: {name: method.count(batch) for name, method, _ in methods},
         loss=loss,
         statistics=statistics if measured else None,
-        combine=lambda stacked: {name: method.statistic.combine(stacked[name]) for name, method, _ in measured},
+        combine=lambda stacked: {name: statistic.combine(stacked[name]) for name, (_, statistic) in measured.items()},
         init_carry=lambda: {name: method.memory.start() for name, method, _ in methods if method.memory},
         update_carry=lambda carry, seen: _remember(methods, carry, seen),
     )
@@ -99,8 +100,9 @@ def _terms(
             metrics[f"loss/{name}"] = Mean(terms[name], method.count(batch))
     if diagnosis:
         metrics |= diagnosis.measure(forward, batch)
-    remembering = [named for named in methods if named.method.memory]
-    seen = {name: method.memory.observe(method, forward, batch, hyper) for name, method, hyper in remembering}
+    seen = {
+        name: method.memory.observe(method, forward, batch, hyper) for name, method, hyper in methods if method.memory
+    }
     return Terms(terms, *jax.tree.map(jax.lax.stop_gradient, (metrics, seen)))
 
 
@@ -120,10 +122,10 @@ def _remember(methods: Sequence[_Named], carry: Mapping[str, Any], seen: Mapping
     }
 
 
-def _needs_of_statistics(measured: Sequence[_Named]) -> Needs:
+def _union(all_needs: Iterable[Needs]) -> Needs:
     needs = Needs()
-    for named in measured:
-        needs |= named.method.statistic.needs
+    for more in all_needs:
+        needs |= more
     return needs
 
 

@@ -19,8 +19,8 @@ class Version(NamedTuple):
 class PeerLoss(NamedTuple):
     """A loss of another library.
 
-    `ours` is a name in `palign.objectives.registry.METHODS`, a function as `losses.NAME`, several of them joined by
-    " + ", or empty where palign has none.
+    `ours` is a name in `palign.objectives.registry.METHODS`, a function as `losses.NAME`, or several of them
+    joined by " + ".
     """
 
     peer: str
@@ -101,7 +101,7 @@ TRL_TPO: Rows = {
     "tpo-l": ("simpo", f"{GOLD_NLL}; with `gamma` = 0.5 by default."),
 }
 
-JSD_ENDS = "Jumps to the KLs at `beta` 0 and 1 there: here `forward_kl`, `reverse_kl`, or `scaled_jsd` without a jump"
+JSD_ENDS = "Is a KL at `beta` 0 and 1 there (here `forward_kl`, `reverse_kl`, or `scaled_jsd` up to both)"
 
 TRL: dict[str, Rows] = {
     "DPOTrainer": TRL_DPO,
@@ -155,9 +155,9 @@ EASYDEL_DPO: Rows = {
     "sigmoid with label_smoothing": ("cdpo", "A method of its own here."),
     "hinge": ("hinge", ""),
     "ipo": ("ipo", ""),
-    "exo_pair": ("exo_pair", "Cannot be traced there when `label_smoothing` is an array."),
+    "exo_pair": ("exo_pair", "Fails there where `label_smoothing` is traced by jit; it is 0.001 by default here."),
     "nca_pair": ("nca_pair", ""),
-    "robust": ("robust_dpo", ""),
+    "robust": ("robust_dpo", "`label_smoothing` is 0.1 by default here."),
     "bco_pair": ("bco_pair", "The shift is the mean of the local batch there, with a gradient through it."),
     "sppo_hard": ("sppo_hard", "`beta` is 0.001 by default here."),
     "aot": ("aot", SORTED_BATCH),
@@ -171,9 +171,9 @@ EASYDEL_DPO: Rows = {
 EASYDEL: dict[str, Rows] = {
     "DPOTrainer": EASYDEL_DPO,
     "CPOTrainer": {
-        "sigmoid": ("cpo", "The NLL is a mean over tokens."),
+        "sigmoid": ("cpo", "The NLL is a mean over tokens in both."),
         "hinge": ("slic_hf", "Its margin is `beta` times that of `slic_hf` with `delta` = 1 / `beta`."),
-        "ipo": ("losses.ipo", "Take it with means over tokens and reference log-probabilities of 0."),
+        "ipo": ("losses.ipo", "No method here; take it with reference log-probabilities of 0."),
         "simpo": ("simpo", "Has a supervised term there unless `cpo_alpha` is 0."),
         "alphapo": ("alphapo", "exp(logp)^(-alpha) can underflow there."),
     },
@@ -196,9 +196,10 @@ EASYDEL: dict[str, Rows] = {
 
 HALOS: dict[str, Rows] = {
     "trainers": {
-        "ipo": ("ipo", "Counts tokens as nonzero log-ratios there: 0/0 where the policy is the reference."),
-        "kto": ("kto", ""),
-        "slic": ("slic_hf", "Adds a supervised term of one value a token to a margin of one value a pair there."),
+        "cDPO": ("cdpo", "`label_smoothing` is 0.2 by default there, 0.1 here."),
+        "IPO": ("ipo", "Counts tokens as nonzero log-ratios there: 0/0 where the policy is the reference."),
+        "KTO": ("kto", ""),
+        "SLiC-HF": ("slic_hf", "Adds a supervised term of one value a token to a margin of one value a pair there."),
     },
 }
 
@@ -234,8 +235,9 @@ What each loss of other libraries is here, and what changes with it. A name in t
 write their own step; `a + b` is two methods with `objective.loss_weights`. An empty difference means the same formula.
 Learning rates, batches and data are other settings: compare those as well.
 
-Where a name is the same, palign takes it. TRL's `sigmoid`, `sigmoid_norm` and `robust` are accepted for `dpo`, `ln_dpo`
-and `robust_dpo`. A setting or a loss that has another name here, or none, is an error that says what to write.
+TRL's `sigmoid`, `sigmoid_norm` and `robust` may be written for `dpo`, `ln_dpo` and `robust_dpo`. Old names of losses,
+such as `aot_pair`, and TRL's settings that have another name here are errors that say what to write, and
+so is a setting that nothing reads. Policy gradients, and training on responses sampled meanwhile, are not here.
 
 Libraries change. What was read:
 """
@@ -245,15 +247,16 @@ def render_markdown() -> str:
     """The text of docs/switching.md."""
     lines = [INTRODUCTION, "| library | release | read |", "|---|---|---|"]
     lines += [f"| {peer} | {version.release} | {version.read} |" for peer, version in VERSIONS.items()]
-    for peer, trainers in PEERS.items():
+    for peer in PEERS:
         lines += ["", f"## {peer}", "", "| trainer | there | here | difference |", "|---|---|---|---|"]
-        found = [loss for loss in PEER_LOSSES if loss.peer == peer and loss.trainer in trainers]
+        found = [loss for loss in PEER_LOSSES if loss.peer == peer]
         lines += [f"| {x.trainer} | {_code(x.name)} | {_code(x.ours)} | {x.difference} |" for x in found]
     return "\n".join(lines) + "\n"
 
 
 def _code(name: str) -> str:
-    return name if "`" in name else " + ".join(f"`{part}`" for part in name.split(" + "))
+    described = "`" in name or name.endswith(" JSD") or name.startswith(("without ", "NLL "))  # words, not a name
+    return name if described else " + ".join(f"`{part}`" for part in name.split(" + "))
 
 
 if __name__ == "__main__":

@@ -70,10 +70,14 @@ def _reading(slots: Callable[[Forward, Batch], Array], needs: Needs = Needs()) -
     return Reading(lambda forward, batch, view: view.take(slots(forward, batch), batch), needs)
 
 
+def _policy_logps(forward: Forward) -> Array:
+    assert forward.tokens is not None  # `Needs` says so
+    return forward.tokens.logps
+
+
 def policy_sums(forward: Forward, batch: Batch) -> Array:
     """Sequence log-probabilities under the policy, by slot."""
-    assert forward.tokens is not None  # `Needs` says so
-    return sum_by_slot(forward.tokens.logps, batch)
+    return sum_by_slot(_policy_logps(forward), batch)
 
 
 def reference_sums(forward: Forward, batch: Batch) -> Array:
@@ -194,7 +198,7 @@ JUDGED = (*SUMS, DESIRABLE)  # what most unpaired losses read
 
 
 def _policy_part(part: int) -> Reading:
-    return Reading(lambda forward, batch, _: _split_at_the_shorter(forward.tokens.logps, batch)[part], POLICY_NEEDS)
+    return Reading(lambda forward, batch, _: _split_at_the_shorter(_policy_logps(forward), batch)[part], POLICY_NEEDS)
 
 
 def _reference_part(part: int) -> Reading:

@@ -49,7 +49,9 @@ def match_prompts(
         embeddings = embed_prompts(dataset, lm, params, mesh)
         probability = losses.desirable_probability(classifier, jnp.asarray(embeddings))
         desirable = np.asarray([thumb(tree) >= 0 for tree in dataset.trees])  # what is no thumb weighs 1
-        return dataclasses.replace(dataset, weights=np.asarray(losses.udm_weights(probability, desirable)).tolist())
+        return dataclasses.replace(
+            dataset, weights=np.asarray(losses.udm_weights(probability, jnp.asarray(desirable))).tolist()
+        )
 
     return data._replace(train=weigh(data.train), evals={name: weigh(part) for name, part in data.evals.items()})
 

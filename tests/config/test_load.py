@@ -119,7 +119,7 @@ def test_a_slip_is_answered_with_the_key_and_what_is_near(recipe, override, mess
 @pytest.mark.parametrize(
     ("names", "hyper", "message"),
     [
-        (["dpp"], {}, r"config.objective.loss_type: 'dpp' is not a method \(did you mean 'dpo'\?\)"),
+        (["dppo"], {}, r"config.objective.loss_type: 'dppo' is not a method \(did you mean 'dpo'\?\)"),
         (["dpo"], {"betas": 0.1}, r"config.objective.betas has no effect on dpo \(did you mean 'beta'\?\); remove it"),
         (["sft"], {"beta": 0.1}, r"config.objective.beta has no effect on sft \(there are: none\)"),
         (["ipo"], {"tau": 0.1}, r"config.objective.tau has no effect on ipo \(there are: beta\); remove it"),

@@ -20,7 +20,7 @@ SECTIONS = {
 }
 
 
-@pytest.mark.parametrize("value", [0.5, "text", None])
+@pytest.mark.parametrize("value", [0.5, "text"])
 @pytest.mark.parametrize("section", ["objective", "train"])
 @pytest.mark.parametrize("key", RENAMED)
 def test_a_setting_of_another_name_is_answered_with_ours(key, section, value):

@@ -53,13 +53,10 @@ def batch(with_mismatched):
     ids = {word: i + 2 for i, word in enumerate(words)}
     assert len(words) + 2 <= 256
     encode = lambda text, *end: np.array([*(ids[word] for word in text.split()), *end], np.int32)
-    trees = [
-        TokenTree(
-            encode(prompt), tuple(encode(text, 1) for text in row), tuple(world.gold_reward(prompt, t) for t in row), i
-        )
-        for i, (prompt, row) in enumerate(zip(prompts, texts, strict=True))
-    ]
-    trees = [tree._replace(scores=tuple(np.float32(tree.scores).tolist())) for tree in trees]
+    trees = []
+    for i, (prompt, row) in enumerate(zip(prompts, texts, strict=True)):
+        scores = tuple(np.float32([world.gold_reward(prompt, text) for text in row]).tolist())
+        trees.append(TokenTree(encode(prompt), tuple(encode(text, 1) for text in row), scores, i))
     if with_mismatched:
         trees, _ = add_mismatched(trees, max_length=64)
     shape = row_shape(1024, trees=8, responses=5, block=64)

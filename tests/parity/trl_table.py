@@ -131,10 +131,6 @@ def alignment():
     return by_pair(over.sum(1) / data.mask.sum(1))
 
 
-def zeros_like(logps):
-    return jnp.zeros_like(logps)
-
-
 def hyper(settings, **names):
     """palign's keyword -> TRL's setting, beta among them."""
     return {ours: settings[theirs] for ours, theirs in ({"beta": "beta"} | names).items() if theirs in settings}
@@ -165,7 +161,7 @@ def aot_unpaired(p, s):
 
 # What each loss of DPOTrainer is, from token log-probabilities: one value per pair, TRL reports the mean.
 DPO = {
-    "sigmoid": on_sums(losses.dpo),  # without label_smoothing, see test_label_smoothing_...
+    "sigmoid": on_sums(losses.dpo),  # whatever its label_smoothing
     "sigmoid+sft": lambda p, s: losses.dpo(*p.sums(), **hyper(s)) + s["loss_weights"][1] * p.token_mean(),
     "sft": lambda p, s: p.token_mean(),
     "hinge": on_sums(losses.hinge),
@@ -185,9 +181,7 @@ DPO = {
     "forward_kl": on_sums(losses.f_dpo_forward_kl),
     "js_divergence": on_sums(losses.f_dpo_js),
     "alpha_divergence": lambda p, s: losses.f_dpo_alpha(*p.sums(), **hyper(s), alpha=1 - s["f_alpha_divergence_coef"]),
-    "ld_alpha": lambda p, s: losses.ld_dpo(
-        *(p.shared_and_tail()[i] for i in (0, 1, 2, 3)), **hyper(s, alpha="ld_alpha")
-    ),
+    "ld_alpha": lambda p, s: losses.ld_dpo(*p.shared_and_tail(), **hyper(s, alpha="ld_alpha")),
     "use_weighting": weighted,
 }
 
@@ -214,23 +208,23 @@ KTO = {
 
 def cpo(logps, s):
     if "label_smoothing" in s:  # cDPO with a uniform reference
-        return losses.cdpo(logps, zeros_like(logps), **hyper(s, label_smoothing="label_smoothing"))
-    return losses.cpo(logps, zeros_like(logps[:, 0]), **hyper(s))
+        return losses.cdpo(logps, jnp.zeros_like(logps), **hyper(s, label_smoothing="label_smoothing"))
+    return losses.cpo(logps, jnp.zeros_like(logps[:, 0]), **hyper(s))
 
 
 def simpo(averages, s):
     if "label_smoothing" in s:  # the margin as a handicap of the chosen response, then cDPO with a uniform reference
         handicap = jnp.array([[s["simpo_gamma"] / s["beta"], 0.0]])
         handicapped = averages - jnp.broadcast_to(handicap, averages.shape)
-        return losses.cdpo(handicapped, zeros_like(averages), **hyper(s, label_smoothing="label_smoothing"))
+        return losses.cdpo(handicapped, jnp.zeros_like(averages), **hyper(s, label_smoothing="label_smoothing"))
     return losses.simpo(averages, **hyper(s, gamma="simpo_gamma"))
 
 
 # From what the trainer's loss method is given, `[B, 2]`: sums, and averages for ipo, simpo and alphapo.
 CPO = {
     "sigmoid": cpo,
-    "hinge": lambda logps, s: losses.hinge(logps, zeros_like(logps), **hyper(s)),
-    "ipo": lambda logps, s: losses.ipo(logps, zeros_like(logps), **hyper(s)),
+    "hinge": lambda logps, s: losses.hinge(logps, jnp.zeros_like(logps), **hyper(s)),
+    "ipo": lambda logps, s: losses.ipo(logps, jnp.zeros_like(logps), **hyper(s)),
     "simpo": simpo,
     "alphapo": lambda logps, s: losses.alphapo(logps, **hyper(s, gamma="simpo_gamma"), alpha=s.get("alpha", 0.0)),
 }

@@ -190,7 +190,7 @@ def spa_threshold(
     # So that nothing is NaN while nothing is remembered.
     ascending = jnp.where(places < filled, ascending, 0.0)
     last = jnp.maximum(filled - 1, 0)
-    share, first = (as_float(number).astype(ascending.dtype) for number in (quantile, start))
+    share, first = (as_float(jnp.asarray(number)).astype(ascending.dtype) for number in (quantile, start))
     position = share * last.astype(ascending.dtype)
     below = jnp.floor(position).astype(jnp.int32)
     low, high = ascending[below], ascending[jnp.minimum(below + 1, last)]
