@@ -172,6 +172,7 @@ class ObjectiveConfig:
     reference: str = "live"  # live, cached (per target, before training), none
     hyper: Mapping[str, float] = dataclasses.field(default_factory=dict)  # any other key of config.objective
     head_chunk: int = 512  # targets whose logits exist at a time
+    diagnostics: tuple[str, ...] = ()  # names in palign.eval.diagnostics.DIAGNOSTICS, logged with the metrics
 
     def __post_init__(self) -> None:
         """Checks ranges."""

@@ -10,14 +10,16 @@ import jax
 from jax.sharding import Mesh
 
 from palign.config.load import to_plain
-from palign.config.schema import RunConfig
+from palign.config.schema import ObjectiveConfig, RunConfig
 from palign.data.loader import Dataset, batches
 from palign.data.tokenizers import Tokenizer, load_tokenizer
+from palign.eval import diagnostics
+from palign.eval.displacement import hidden_sums_by_slot
 from palign.models.protocol import LanguageModel
 from palign.models.transformer import make_language_model
-from palign.objectives.base import REFERENCE, Objective
-from palign.objectives.compose import make_objective
-from palign.objectives.readings import WEIGHTS
+from palign.objectives.base import REFERENCE, Forward, Needs, Objective, lengths_by_slot
+from palign.objectives.compose import Diagnosis, make_objective
+from palign.objectives.readings import WEIGHTS, policy_sums, reference_sums
 from palign.objectives.registry import find_method, needs_of, resolve_methods
 from palign.sharding.mesh import make_mesh, num_row_shards, to_global
 from palign.sharding.rules import parameter_shardings
@@ -29,7 +31,7 @@ from palign.train.reference import cache_reference
 from palign.train.sources import CONFIG, Source, find_source, load_policy, load_source, without_value_head
 from palign.train.state import TrainState, init_state, state_shardings
 from palign.train.step import make_eval_step, make_train_step
-from palign.types import Mean
+from palign.types import Batch, Mean
 
 
 class Run(NamedTuple):
@@ -142,6 +144,7 @@ def assemble(
         hyper=settings.hyper,
         cached_reference=cached,
         chunk=settings.head_chunk,
+        diagnosis=diagnosis_of(settings),
     )
     places = parameter_shardings(mesh, jax.eval_shape(trunk.init, jax.random.key(0)))
     aux = {role: load_source(sources[role], trunk, mesh) for role in sorted(objective.frozen)}
@@ -204,7 +207,38 @@ def check_config(config: RunConfig) -> None:
         loss_weights=settings.loss_weights,
         hyper=settings.hyper,
         cached_reference=settings.reference == "cached",
+        diagnosis=diagnosis_of(settings),
     )
+
+
+def diagnosis_of(settings: ObjectiveConfig) -> Diagnosis | None:
+    """The diagnostics that a config asks for, measured in the pass that trains.
+
+    Raises:
+        ValueError: an unknown name, or one that reads a reference where no method does.
+    """
+    if not settings.diagnostics:
+        return None
+    read = diagnostics.needs(settings.diagnostics)
+    if read.reference and not needs_of(settings.loss_type).reference:
+        raise ValueError(
+            f"config.objective.diagnostics = {settings.diagnostics}: some read a reference, "
+            f"{', '.join(settings.loss_type)} has none; leave them out"
+        )
+    beta = settings.hyper.get("beta", 0.1)
+
+    def measure(forward: Forward, batch: Batch) -> dict[str, Mean]:
+        return diagnostics.diagnose(
+            settings.diagnostics,
+            policy_sums(forward, batch),
+            lengths_by_slot(batch),
+            batch,
+            reference_logps=reference_sums(forward, batch) if read.reference else None,
+            hidden_sums=hidden_sums_by_slot(forward.tower.hidden, batch) if read.hidden else None,
+            beta=beta,
+        )
+
+    return Diagnosis(measure, Needs(logps=True, reference=read.reference))
 
 
 def _with_cached_reference(config, workdir, mesh, lm, data: Prepared, source: Source) -> Prepared:

@@ -221,16 +221,16 @@ def test_the_loss_goes_on_along_its_tangent(name, lowest, close):
     with jax.enable_x64(True):
 
         def at(u):
-            return loss(np.float64(u), np.float64(0.0), beta=1.0)
+            return loss(jnp.float64(u), jnp.float64(0.0), beta=1.0)
 
-        value, slope = at(lowest), jax.grad(at)(np.float64(lowest))
+        value, slope = at(lowest), jax.grad(at)(jnp.float64(lowest))
         # Value and slope meet from both sides; below both stay what they are at the edge.
         for side in (-1e-9, 1e-9):
             close(at(lowest + side), value, rtol=1e-6)
-            close(jax.grad(at)(np.float64(lowest + side)), slope, rtol=1e-6)
+            close(jax.grad(at)(jnp.float64(lowest + side)), slope, rtol=1e-6)
         for below in (0.5, 3.0, 1e4):
             close(at(lowest - below), value - slope * below, rtol=1e-9)
-            close(jax.grad(at)(np.float64(lowest - below)), slope, rtol=1e-9)
+            close(jax.grad(at)(jnp.float64(lowest - below)), slope, rtol=1e-9)
     assert slope < 0
 
 

@@ -8,7 +8,8 @@ from jax import export
 
 from palign import losses
 
-B, K, V = export.symbolic_shape("b, k, v")
+B, K = export.symbolic_shape("b, k")
+V = 7
 PAIR, LIST, ONE = (B, 2), (B, K), (B,)
 F, I, M = jnp.float32, jnp.int32, jnp.bool_
 
@@ -35,7 +36,7 @@ def test_it_comes_back_the_same_at_other_sizes(name):
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays]
     stored = export.export(jax.jit(loss), platforms=["cpu", "tpu", "cuda"])(*shapes).serialize()
     back = export.deserialize(stored)
-    rng, sizes = np.random.default_rng(0), {"b": 5, "k": 4, "v": 7}
+    rng, sizes = np.random.default_rng(0), {"b": 5, "k": 4}
     given = []
     for shape, dtype in arrays:
         concrete = tuple(sizes.get(str(n), n) for n in shape)

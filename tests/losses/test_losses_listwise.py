@@ -106,33 +106,34 @@ def test_with_two_responses_lipo_is_dpo_times_a_constant(close):
 
 
 def two_responses(best, seed=9):
-    """Pairs in one order or the other, their DPO, and labels of 1 and 0."""
+    """Lists of two with the better one at `best`, and the same as pairs: better first."""
     policy, reference, _, _ = lists(seed, length=2)
     labels, valid = np.tile(np.float32([1, 0]), (len(policy), 1)), np.ones(policy.shape, bool)
     arrays = [array if best == 0 else array[:, ::-1] for array in (policy, reference, labels)]
-    return (*arrays, valid), np.float64(losses.dpo(policy, reference, beta=0.1))
+    return (*arrays, valid), (policy, reference)
 
 
 @pytest.mark.parametrize("best", [0, 1])
 def test_with_two_responses_the_other_losses_of_the_table_are_dpo_and_its_hinge(best, close):
-    arrays, dpo = two_responses(best)
-    close(lipo_pair_logistic(*arrays, beta=0.1), dpo)
-    close(losses.lipo_softmax(*arrays, beta=0.1), dpo)
+    lists_of_two, pairs = two_responses(best)
+    dpo = np.float64(losses.dpo(*pairs, beta=0.1))
+    close(lipo_pair_logistic(*lists_of_two, beta=0.1), dpo)
+    close(losses.lipo_softmax(*lists_of_two, beta=0.1), dpo)
     # A hard choice: at this temperature the weights are 1 and 0.
-    close(listnet(*arrays, beta=0.1, temperature=1e-3), dpo)
-    close(info_nca(*arrays, beta=0.1, temperature=1e-3), dpo)
-    policy, reference, _, _ = (np.float64(array) for array in arrays)
-    gap = 0.1 * ((policy - reference)[:, best] - (policy - reference)[:, 1 - best])
-    close(losses.lipo_pair_hinge(*arrays, beta=0.1), np.maximum(0, 1 - gap))
+    close(listnet(*lists_of_two, beta=0.1, temperature=1e-3), dpo)
+    close(info_nca(*lists_of_two, beta=0.1, temperature=1e-3), dpo)
+    close(losses.lipo_pair_hinge(*lists_of_two, beta=0.1), np.float64(losses.hinge(*pairs, beta=0.1)))
 
 
 @pytest.mark.parametrize("best", [0, 1])
 def test_with_two_responses_and_a_hard_choice_nca_is_the_one_for_pairs(best, close):
-    arrays, _ = two_responses(best)
-    policy, reference, _, _ = (np.float64(array) for array in arrays)
-    chosen, rejected = (0.1 * (policy - reference)[:, k] for k in (best, 1 - best))
-    expected = np.logaddexp(0, -chosen) + 0.5 * np.logaddexp(0, chosen) + 0.5 * np.logaddexp(0, rejected)
-    close(nca(*arrays, beta=0.1, temperature=1e-3), expected)
+    lists_of_two, pairs = two_responses(best)
+    close(nca(*lists_of_two, beta=0.1, temperature=1e-3), np.float64(losses.nca_pair(*pairs, beta=0.1)))
+
+
+def test_with_two_responses_and_sure_matches_self_play_is_half_the_one_for_pairs(close):
+    lists_of_two, pairs = two_responses(best=1)
+    close(losses.sppo(*lists_of_two, beta=0.02), 0.5 * np.float64(losses.sppo_hard(*pairs, beta=0.02)))
 
 
 def test_with_two_responses_exo_is_a_binary_kl_and_stationary_where_the_policy_has_the_target_s_odds(
@@ -147,6 +148,8 @@ def test_with_two_responses_exo_is_a_binary_kl_and_stationary_where_the_policy_h
     log_p, log_q = -np.logaddexp(0, -gap), -np.logaddexp(0, gap)
     expected = np.exp(log_p) * (log_p - np.log(1 - epsilon)) + np.exp(log_q) * (log_q - np.log(epsilon))
     close(exo(policy, reference, labels, valid, beta=beta), expected)
+    pairwise = losses.exo_pair(policy, reference, beta=beta, label_smoothing=epsilon)
+    close(exo(policy, reference, labels, valid, beta=beta), np.float64(pairwise))
     at = np.float32([[np.log((1 - epsilon) / epsilon) / beta, 0.0]])
     value, gradient = value_and_gradient(exo, at, np.zeros_like(at), labels[:1], valid[:1])
     np.testing.assert_allclose(value, 0, atol=1e-6)

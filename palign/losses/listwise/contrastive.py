@@ -155,9 +155,9 @@ def nca(
         section 4.
 
     Notes:
-        Absolute, not relative: a constant added to the log-ratios of a list changes it. With two responses and the
-        weights (1, 0) it is the loss that TRL and EasyDeL call `nca_pair`. The authors' code adds 0.01 to the best
-        score before the softmax.
+        Absolute, not relative: a constant added to the log-ratios of a list changes it. With two responses whose
+        labels are far apart it is `nca_pair`, the only form that TRL and EasyDeL have. The authors' code adds 0.01 to
+        the best score before the softmax.
 
     Examples:
         Before any training each response costs (w_i + 1/K) log 2, together 2 log 2 = 1.3863.
@@ -215,8 +215,8 @@ def exo(
 
     Notes:
         `info_nca` is the forward KL between the same two distributions, up to the entropy of w. With two responses
-        whose labels are log(1 - epsilon) and log(epsilon), at temperature 1, it is the loss that TRL and EasyDeL call
-        `exo_pair`; the authors' code for pairs has 0 and -10 there, which are not normalised.
+        whose labels are log(1 - epsilon) and log(epsilon), at temperature 1, it is `exo_pair`, the only form that TRL
+        and EasyDeL have; the authors' code for pairs has 0 and -10 there, which are not normalised.
 
     Examples:
         Rewards log 3 and 0 give the weights 3/4 and 1/4, and before any training p is 1/2 and 1/2:

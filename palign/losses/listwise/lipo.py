@@ -207,8 +207,9 @@ def lipo_pair_hinge(
         Liu et al., "LiPO: Listwise Preference Optimization through Learning-to-Rank", arXiv 2402.01878.
 
     Notes:
-        The paper's name for the pairs of SLiC (with log-ratios) and RRHF. RAX's `pairwise_hinge_loss` is the same, as a
-        mean over the pairs of the whole batch by default. TRL, tunix and EasyDeL have no listwise loss.
+        K = 2 is `hinge`; the loss on pairs of SLiC, with log-ratios for its scores, and of RRHF. RAX's
+        `pairwise_hinge_loss` is the same, as a mean over the pairs of the whole batch by default. TRL, tunix and
+        EasyDeL have no listwise loss.
 
     Examples:
         Three responses with different labels are three pairs, each 1 before any training.

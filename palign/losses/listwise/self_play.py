@@ -41,9 +41,9 @@ def sppo(
         Wu et al., "Self-Play Preference Optimization for Language Model Alignment", arXiv 2405.00675.
 
     Notes:
-        The half is that of the authors' code, which takes the best and the worst response of each list. TRL and
-        EasyDeL have `sppo_hard`, for pairs with P = 1 and 0; TRL's is without the half. The optimum of a sure win is
-        rho = 1 / (2 beta). Not invariant to a constant added to the log-ratios of a list.
+        The half is that of the authors' code. TRL and EasyDeL have `sppo_hard` only, for pairs with P = 1 and 0, and
+        TRL's is without the half. The optimum of a sure win is rho = 1 / (2 beta). Not invariant to a constant added to
+        the log-ratios of a list.
 
     Examples:
         Before any training, win rates 3/4 and 1/4 at beta = 1/4 ask for log-ratios of 1 and -1: (1 + 1) / 2 = 1.
