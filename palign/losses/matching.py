@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from palign.losses.checks import as_float, check_mask, check_positive, check_same_shape
 
-# Twice what the slowest tried needs: barely separable embeddings in the thousands, whose logits pass 1000. Most need 10.
+# Twice what the slowest tried needs, barely separable embeddings in the thousands whose logits pass 1000. Most need 10.
 _NEWTON_STEPS = 40
 _DOUBLINGS = 10  # of a step, at most
 
@@ -213,6 +213,8 @@ def _newton(
         hessian = (inputs * curvature[:, None]).T @ inputs + jnp.diag(penalty)
         hessian = hessian * jnp.where(jnp.eye(inputs.shape[1], dtype=bool), jitter, 1.0).astype(dtype)
         direction = jax.scipy.linalg.solve(hessian, gradient, assume_a="pos")
+        # With one kind of examples alone the bias runs until no curvature is left: it stays there.
+        direction = jnp.where(jnp.isfinite(direction).all(), direction, 0.0)
         moves = inputs @ direction
         # The longest step that surely does not overshoot: no logit moves by more than log(1 + reach). Towards the end
         # reach goes to 0 and the step to a whole one.

@@ -239,7 +239,8 @@ def _log_sum_below(
 
     The classes without a place are summed by masking: as a difference of two sums they would be lost to rounding.
     """
-    placed = jnp.put_along_axis(jnp.zeros(student.shape, bool), order, True, axis=-1, inplace=False)
+    mark = jnp.vectorize(lambda row: jnp.zeros(student.shape[-1], bool).at[row].set(True), signature="(m)->(v)")
+    placed = mark(order)
     tail = jax.nn.logsumexp(jnp.where(placed, -jnp.inf, student), axis=-1, keepdims=True)
     after = jnp.concatenate([ranked[..., 1:], tail], axis=-1)
     return jax.lax.cumlogsumexp(after, axis=after.ndim - 1, reverse=True)

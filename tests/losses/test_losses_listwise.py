@@ -280,6 +280,13 @@ def test_a_list_of_padding_costs_nothing_and_pulls_nowhere(name, run, value_and_
     assert value[2] > 0 and gradient[2].any() and np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("case", EVERY_CASE, ids=lambda case: case.title)
+def test_nothing_on_the_way_is_nan_so_that_jax_s_own_search_for_nan_stays_quiet(case):
+    policy, reference, labels, valid = (np.float32(a) if a.dtype == float else a for a in case.extremes())
+    with jax.debug_nans(True), jax.disable_jit():
+        jax.grad(lambda policy: case.loss(policy, reference, labels, valid, **case.hyper).sum())(policy)
+
+
 @pytest.mark.parametrize("name", COMPARING)
 def test_lists_without_a_preference_cost_nothing_and_pull_nowhere(name, value_and_gradient):
     policy = np.float32([[1e4, -3.0, 2.0], [np.nan, 5.0, np.inf]])

@@ -41,7 +41,7 @@ def log_softmax(
 
     A list with no valid slot has no softmax: zeros, and no gradient.
     """
-    # Such a list runs over all of its slots, which hold zeros, and is dropped after: no infinity ever appears.
+    # Such a list runs over all of its slots, which hold zeros, and is dropped after: no NaN appears on the way.
     over = valid | ~valid.any(-1, keepdims=True)
     top = jax.lax.stop_gradient(jnp.max(values, axis=-1, keepdims=True, where=over, initial=-jnp.inf))
     # Differences first: what all values share is then gone before the product is rounded.
