@@ -6,6 +6,7 @@ so, and give the weights to `bco`.
 """
 
 import numbers
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -196,41 +197,51 @@ def _newton(
     size, dtype = features.shape[0], features.dtype
     inputs = jnp.concatenate([features, jnp.ones((size, 1), dtype)], axis=1)
     wanted = desirable.sum()
-    class_counts = jnp.where(desirable, wanted, size - wanted).astype(dtype)
-    balance = size / (2 * class_counts)
+    balance = size / (2 * jnp.where(desirable, wanted, size - wanted).astype(dtype))
     penalty = jnp.full(inputs.shape[1], regularisation, dtype).at[-1].set(0.0)
-    # Rounding must not make the matrix indefinite. It bends a step a little, not the point where the steps end.
-    jitter = 1 + inputs.shape[1] * jnp.finfo(dtype).eps
-
-    def residuals(logits):
-        # Both kinds as sigmoids: 1 - sigmoid(x) has no digits left for a large x.
-        return balance * jnp.where(desirable, -jax.nn.sigmoid(-logits), jax.nn.sigmoid(logits))
 
     def step(_, solution):
+        # Both residuals as sigmoids: 1 - sigmoid(x) has no digits left for a large x.
+        def slopes(solution, logits):
+            residuals = jnp.where(desirable, -jax.nn.sigmoid(-logits), jax.nn.sigmoid(logits))
+            return balance * residuals, penalty * solution
+
         logits = inputs @ solution
-        gradient = inputs.T @ residuals(logits) + penalty * solution
+        by_logit, by_weight = slopes(solution, logits)
+        gradient = inputs.T @ by_logit + by_weight
         curvature = balance * jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits)
-        hessian = (inputs * curvature[:, None]).T @ inputs + jnp.diag(penalty)
-        hessian = hessian * jnp.where(jnp.eye(inputs.shape[1], dtype=bool), jitter, 1.0).astype(dtype)
-        direction = jax.scipy.linalg.solve(hessian, gradient, assume_a="pos")
-        # With one kind of examples alone the bias runs until no curvature is left: it stays there.
-        direction = jnp.where(jnp.isfinite(direction).all(), direction, 0.0)
+        direction = _solve((inputs * curvature[:, None]).T @ inputs + jnp.diag(penalty), gradient)
         moves = inputs @ direction
-        # The longest step that surely does not overshoot: no logit moves by more than log(1 + reach). Towards the end
-        # reach goes to 0 and the step to a whole one.
-        reach = jnp.maximum(jnp.abs(moves).max(), jnp.finfo(dtype).tiny)
-        sure = jnp.log1p(reach) / reach
-        # Doubled while the slope still falls: far from the end the sure step is far too careful. The slope rises along
-        # the way, and no values are compared, which float32 could not tell apart near the end.
-        lengths = sure * 2.0 ** jnp.arange(1, 1 + _DOUBLINGS, dtype=dtype)
-        falls = jax.vmap(
-            lambda length: (
-                moves @ residuals(logits - length * moves) + direction @ (penalty * (solution - length * direction))
-            )
-        )(lengths)
-        return solution - sure * 2.0 ** (falls >= 0).sum().astype(dtype) * direction
+
+        def slope_after(length):
+            by_logit, by_weight = slopes(solution - length * direction, logits - length * moves)
+            return -(moves @ by_logit + direction @ by_weight)
+
+        return solution - _step_length(slope_after, moves) * direction
 
     return jax.lax.fori_loop(0, _NEWTON_STEPS, step, jnp.zeros(inputs.shape[1], dtype))
+
+
+def _solve(hessian: Float[Array, "F F"], gradient: Float[Array, " F"]) -> Float[Array, " F"]:
+    """Return the Newton direction, or 0 where there is no curvature to tell one."""
+    # Rounding must not make the matrix indefinite. It bends a step a little, not the point where the steps end.
+    jitter = hessian.shape[0] * jnp.finfo(hessian.dtype).eps * jnp.diag(jnp.diag(hessian))
+    direction = jax.scipy.linalg.solve(hessian + jitter, gradient, assume_a="pos")
+    # With one kind of examples alone the bias runs until no curvature is left: it stays there.
+    return jnp.where(jnp.isfinite(direction).all(), direction, 0.0)
+
+
+def _step_length(slope_after: Callable[[Array], Array], moves: Float[Array, " N"]) -> Float[Array, ""]:
+    """Return how far to go along a direction that changes the logits by `moves`, without overshooting."""
+    # This far it surely goes down: no logit moves by more than log(1 + reach). Towards the end reach goes to 0 and
+    # the step to a whole one.
+    reach = jnp.maximum(jnp.abs(moves).max(), jnp.finfo(moves.dtype).tiny)
+    sure = jnp.log1p(reach) / reach
+    # Far from the end that is too careful: doubled while it still goes down there, as the slope only rises along the way. No
+    # values are compared, which float32 could not tell apart near the end.
+    doublings = 2.0 ** jnp.arange(1, 1 + _DOUBLINGS, dtype=moves.dtype)
+    falling = jax.vmap(slope_after)(sure * doublings) <= 0
+    return sure * 2.0 ** falling.sum().astype(moves.dtype)
 
 
 def _check_embeddings(function: str, embeddings: Array) -> None:

@@ -191,9 +191,31 @@ def test_the_weights_are_the_closed_forms(u):
         np.testing.assert_allclose(slope_at(F_SFT[name], u), -weight, rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(("name", "curvature"), [("chi2", 0.5), ("hellinger", 2.0)])
+# phi(u) = inf over t > 0 of u t + f(t), of the divergence that is the mean of f(ratio of the probabilities).
+GENERATORS = {
+    "chi2": lambda t: (t - 1) ** 2,
+    "hellinger": lambda t: (np.sqrt(t) - 1) ** 2,
+    "reverse_kl": lambda t: t * np.log(t),
+    "forward_kl": lambda t: -np.log(t),
+    "js": lambda t: t * np.log(t) - (t + 1) * np.log((t + 1) / 2),
+}
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_phi_is_the_conjugate_of_its_divergence(name):
+    ratios = np.exp(np.linspace(-9, 9, 400_001))
+    for u in (0.15, 0.5, 1.0, 1.9):
+        phi = (u * ratios + GENERATORS[name](ratios)).min()
+        with jax.enable_x64(True):
+            loss = F_SFT[name](np.float64(u), np.float64(0.0), beta=1.0)
+        np.testing.assert_allclose(-loss, phi, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "curvature"), [("chi2", 0.5), ("hellinger", 2.0), ("js", 2.0), ("reverse_kl", 1 / math.e)]
+)
 def test_the_curvature_at_the_reference(name, curvature):
-    # phi'' is -1/2 and -2; the loss is -phi.
+    # That of -phi: phi'' is -1/2 for chi2, -2 for Hellinger.
     second = jax.grad(jax.grad(lambda policy: F_SFT[name](policy, np.float32(0.0), beta=1.0)))(np.float32(0.0))
     np.testing.assert_allclose(second, curvature, rtol=1e-6)
 
@@ -231,7 +253,7 @@ def test_the_loss_goes_on_along_its_tangent(name, lowest, close):
         for below in (0.5, 3.0, 1e4):
             close(at(lowest - below), value - slope * below, rtol=1e-9)
             close(jax.grad(at)(jnp.float64(lowest - below)), slope, rtol=1e-9)
-    assert slope < 0
+        assert slope < 0
 
 
 @pytest.mark.parametrize("name", F_SFT)
@@ -257,6 +279,17 @@ def test_tokens_or_sequences_any_shape_is_taken_elementwise(name, close):
 def test_the_defaults_are_the_oracle_s_too(case, close):
     arrays = case.arrays(np.random.default_rng(11), 5)
     close(case.loss(*f32(arrays)), case.oracle(*arrays), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "beta" in case.hyper], ids=lambda case: case.title)
+def test_hyper_parameters_may_be_traced_and_have_gradients(case):
+    arrays = case.arrays(np.random.default_rng(12), 4)
+    hyper = {name: jnp.float32(value) for name, value in case.hyper.items()}
+    value, slopes = jax.jit(jax.value_and_grad(lambda hyper: case.loss(*f32(arrays), **hyper).sum()))(hyper)
+    np.testing.assert_allclose(value, case.oracle(*arrays, **case.hyper).sum(), rtol=1e-5)
+    for name, slope in slopes.items():
+        up, down = (case.oracle(*arrays, **{**case.hyper, name: case.hyper[name] + s}).sum() for s in (1e-6, -1e-6))
+        np.testing.assert_allclose(slope, (up - down) / 2e-6, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def test_wrong_arguments_are_answered_with_their_name():

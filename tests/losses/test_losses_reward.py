@@ -107,6 +107,16 @@ def test_general_scores_can_go_round_in_a_circle():
     assert scores[0, 1] > 0.5 and scores[1, 2] > 0.5 and scores[2, 0] > 0.5  # rock, paper, scissors
 
 
+def test_no_rewards_do_better_than_guessing_on_a_circle_but_general_scores_do():
+    turn = np.array([[0, 1], [1, 2], [2, 0]])  # chosen, rejected
+    for seed in range(5):
+        given = np.float32(np.random.default_rng(seed).normal(0, 1, 3))
+        assert losses.bradley_terry(given[turn]).mean() >= np.float32(np.log(2))
+    angles = 2 * np.pi * turn / 3
+    circle = np.float32(np.stack([np.cos(angles), np.sin(angles)], axis=-1))
+    assert (losses.gpm(circle, np.ones((3, 1), np.float32), temperature=0.1) < 1e-3).all()
+
+
 def test_vectors_of_a_reward_and_1_are_bradley_terry(close):
     given = rewards(8)
     as_vectors, ones = np.stack([given, np.ones_like(given)], axis=-1), np.ones((9, 1), np.float32)
@@ -144,6 +154,18 @@ def test_swapping_the_responses_changes_the_general_loss_by_the_score(close):
 def test_the_defaults_are_the_oracle_s_too(case, close):
     arrays = [np.float32(a) if a.dtype == np.float64 else a for a in case.arrays(np.random.default_rng(12), 5)]
     close(case.loss(*arrays), case.oracle(*arrays), rtol=2e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.hyper], ids=lambda case: case.title)
+def test_hyper_parameters_may_be_traced_and_have_gradients(case):
+    arrays = case.arrays(np.random.default_rng(13), 4)
+    singles = [np.float32(a) if a.dtype == np.float64 else a for a in arrays]
+    hyper = {name: jnp.float32(value) for name, value in case.hyper.items()}
+    value, slopes = jax.jit(jax.value_and_grad(lambda hyper: case.loss(*singles, **hyper).sum()))(hyper)
+    np.testing.assert_allclose(value, case.oracle(*arrays, **case.hyper).sum(), rtol=1e-5)
+    for name, slope in slopes.items():
+        up, down = (case.oracle(*arrays, **{**case.hyper, name: case.hyper[name] + s}).sum() for s in (1e-6, -1e-6))
+        np.testing.assert_allclose(slope, (up - down) / 2e-6, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def test_wrong_arguments_are_answered_with_their_name():

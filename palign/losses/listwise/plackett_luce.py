@@ -81,5 +81,5 @@ def plackett_luce(
     gaps = -beta * differences(ratios)
     # A term that is not fitted has perhaps no rival at all: let it run over everything, finite, and drop it after.
     run_over = rivals | ~fitted[:, :, None]
-    terms = jax.nn.softplus(jax.nn.logsumexp(jnp.where(run_over, gaps, 0.0), axis=-1, where=run_over))
+    terms = jax.nn.softplus(jax.nn.logsumexp(jnp.where(run_over, gaps, -jnp.inf), axis=-1))
     return jnp.where(fitted, terms, 0.0).sum(-1)
