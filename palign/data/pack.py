@@ -353,7 +353,7 @@ def _check_tree(tree: TokenTree, shape: RowShape) -> None:
             "or use the oversize policy 'subset'"
         )
     if (
-        len(tree.scores) not in (K, K - 1)
+        len(tree.scores) + tree.mismatched != K
         or not tree.scores
         or not tree.prompt.size
         or not all(response.size for response in tree.responses)

@@ -16,15 +16,16 @@ class TokenTree(NamedTuple):
     Attributes:
         prompt: [at least 1] int32, BOS included where the tokenizer has one.
         responses: K arrays [at least 1] int32 of what follows the prompt; the last token is EOS unless it was cut off.
-        scores: K floats, higher is better, as single precision holds them: what ties there ties here. A response
-            beyond the scores is another prompt's (`add_mismatched`).
+        scores: K floats, higher is better, as single precision holds them: what ties there ties here.
         id: the record's id.
+        mismatched: how many responses at the end have no score, because they answer another prompt (`add_mismatched`).
     """
 
     prompt: np.ndarray
     responses: tuple[np.ndarray, ...]
     scores: tuple[float, ...]
     id: int
+    mismatched: int = 0
 
 
 def tokenize_records(
@@ -95,7 +96,7 @@ def add_mismatched(trees: Sequence[TokenTree], *, max_length: int) -> tuple[list
     others = [tree.responses[i % len(tree.scores)] for i, tree in enumerate(given)]
     rooms = [max_length - tree.prompt.size for tree in trees]
     added = [
-        tree._replace(responses=(*tree.responses, other[:room]))
+        tree._replace(responses=(*tree.responses, other[:room]), mismatched=1)
         for tree, other, room in zip(trees, others, rooms, strict=True)
     ]
     return added, {"mismatched_cut": sum(other.size > room for other, room in zip(others, rooms, strict=True))}

@@ -237,8 +237,8 @@ def _step_length(slope_after: Callable[[Array], Array], moves: Float[Array, " N"
     # the step to a whole one.
     reach = jnp.maximum(jnp.abs(moves).max(), jnp.finfo(moves.dtype).tiny)
     sure = jnp.log1p(reach) / reach
-    # Far from the end that is too careful: doubled while it still goes down there, as the slope only rises along the way. No
-    # values are compared, which float32 could not tell apart near the end.
+    # Far from the end that is too careful: doubled while it still goes down there, as the slope only rises along the
+    # way. No values are compared, which float32 could not tell apart near the end.
     doublings = 2.0 ** jnp.arange(1, 1 + _DOUBLINGS, dtype=moves.dtype)
     falling = jax.vmap(slope_after)(sure * doublings) <= 0
     return sure * 2.0 ** falling.sum().astype(moves.dtype)

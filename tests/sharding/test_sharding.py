@@ -29,7 +29,9 @@ from palign.train.state import init_state, state_shardings
 from tests.compiled import uncached
 from tests.trees import TINY
 
-EVERYTHING = dataclasses.replace(TINY, attention_bias=True, qk_norm=True, norms_per_layer=4, tie_embedding=False)
+EVERYTHING = dataclasses.replace(
+    TINY, attention_bias=True, qk_norm=True, norms_per_layer=4, tie_embedding=False, value_head=1
+)
 WIDE = dataclasses.replace(TINY, dim=256, hidden_dim=512)  # wide enough for adafactor to factor
 
 
