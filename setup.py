@@ -26,7 +26,15 @@ TRAIN = [
 
 NOTEBOOKS = ["ipykernel>=6.29", "nbmake>=1.5.5", "nbformat>=5.10"]
 
-TEST = [*TRAIN, *NOTEBOOKS, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "beartype>=0.22", "flatbuffers>=24.3"]
+TEST = [
+    *TRAIN,
+    *NOTEBOOKS,
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "beartype>=0.22",
+    "flatbuffers>=24.3",
+]
 
 setup(
     name="palign-jax",

@@ -37,8 +37,8 @@ from palign.data.tokenize import TokenTree
 from palign.heads.target_values import target_logps, token_values
 from palign.models.transformer import Transformer, TreeContext, make_language_model
 from palign.objectives.base import REFERENCE, Objective
-from palign.objectives.methods import token_metrics
 from palign.objectives.compose import make_objective
+from palign.objectives.methods import token_metrics
 from palign.sharding.mesh import Mesh, make_mesh, to_global
 from palign.sharding.rules import parameter_shardings
 from palign.train.metrics import to_floats

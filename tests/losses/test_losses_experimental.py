@@ -127,6 +127,15 @@ def test_lists_without_a_preference_cost_nothing_and_get_no_gradient(loss):
     assert value == 0 and not gradient.any()
 
 
+@pytest.mark.parametrize("loss", [experimental.rank_list, experimental.rank_list_lse], ids=lambda loss: loss.__name__)
+def test_nothing_on_the_way_is_nan_so_that_jax_s_own_search_for_nan_stays_quiet(loss):
+    scores = jnp.array([[1e4, -1e4, 3.0], [1e4, -1e4, 3.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    labels = jnp.array([[1.0, 0.5, 0.0], [0.0, 0.5, 1.0], [0.5, 0.5, 0.5], [1.0, 0.5, 0.0]])
+    valid = jnp.array([[True, True, True], [True, True, True], [True, True, True], [False, True, False]])
+    with jax.debug_nans(True), jax.disable_jit():
+        jax.grad(lambda scores: loss(scores, labels, valid).sum())(scores)
+
+
 def test_a_list_of_one_place_has_nothing_to_compare(close):
     one = np.ones((3, 1), np.float32)
     for loss in (experimental.rank_list, experimental.rank_list_lse):

@@ -120,10 +120,10 @@ def rank_list_lse(
     scores, labels = _masked(valid, scores, labels)
     below = valid[:, :, None] & valid[:, None, :] & (labels[:, None, :] < labels[:, :, None])
     beats_some = below.any(-1)
-    # With none below the sum would be empty and its gradient NaN: let it run over zeros, and drop it after.
+    # With none below the sum would be empty, which is NaN on the way: let it run over zeros, and drop it after.
     run_over = below | ~beats_some[:, :, None]
     gaps = jnp.where(below, scores[:, None, :] - scores[:, :, None], 0.0)
-    terms = jax.nn.softplus(jax.nn.logsumexp(gaps, axis=-1, where=run_over))
+    terms = jax.nn.softplus(jax.nn.logsumexp(jnp.where(run_over, gaps, -jnp.inf), axis=-1))
     return jnp.where(beats_some, terms, 0.0).sum(-1)
 
 
