@@ -1,9 +1,9 @@
-"""Numbers per target of every example, handed back example by example."""
+"""A function of a batch on every example once, handed back row by row or example by example."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -35,20 +35,49 @@ def per_target(
     Returns:
         For each example, one array for each of its responses, one number a token.
     """
-    once = dataclasses.replace(dataset.once(), reference_logps=None)
-    compiled = _compile(function, mesh)
     values: list[Any] = [None] * len(dataset.trees)
+    for result in per_row(dataset, function, params, mesh, advance=advance):
+        for member, numbers in zip(result.members, split_targets(result.row, result.values), strict=True):
+            values[member] = numbers
+    return values
+
+
+class RowResult(NamedTuple):
+    """What a function makes of one row of a batch."""
+
+    values: Any  # leaves [...], the row's own
+    row: Batch  # leaves [...]
+    members: np.ndarray  # the examples in it, in the order of the batch's axis G
+
+
+def per_row(
+    dataset: Dataset,
+    function: Callable[[Any, Batch], Any],
+    params: Any,
+    mesh: Mesh,
+    *,
+    advance: Callable[[int, float], None] | None = None,
+) -> Iterator[RowResult]:
+    """Evaluates `function(params, batch [R, ...]) -> tree of [R, ...]` and yields every row that holds examples.
+
+    Args:
+        dataset: the data; its order and layout are kept, its plan is not. Without reference log-probabilities and
+            weights.
+        function: pure; compiled once for each function, so pass the same one again.
+        params: what it is given, of one model or several.
+        mesh: the devices.
+        advance: told (steps done, tokens of the step), for a progress bar.
+    """
+    once = dataclasses.replace(dataset.once(), reference_logps=None, weights=None)
+    compiled = _compile(function, mesh)
     with jax.set_mesh(mesh):
         for step, batch in batches(once, start_step=0, micro_batches=1):
-            result = np.asarray(compiled(params, to_global(mesh, batch)))
+            result = jax.device_get(compiled(params, to_global(mesh, batch)))
             for r in range(once.plan.rows_per_step):
-                row = jax.tree.map(lambda x, r=r: x[0, r], batch)
-                members = once.plan.row(step * once.plan.rows_per_step + r)
-                for member, numbers in zip(members, split_targets(row, result[r]), strict=True):
-                    values[member] = numbers
+                values, row = jax.tree.map(lambda x, r=r: x[r], result), jax.tree.map(lambda x, r=r: x[0, r], batch)
+                yield RowResult(values, row, once.plan.row(step * once.plan.rows_per_step + r))
             if advance is not None:
                 advance(step + 1, float((batch.group > 0).sum()))
-    return values
 
 
 @functools.cache

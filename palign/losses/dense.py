@@ -5,13 +5,12 @@ with `ids`. `response_mask[b, t]` says that token t of row b belongs to the resp
 turn included, prompt and padding not. Padding may stand on either side, and what it holds is never read.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from palign.losses import distill
-from palign.losses.checks import as_float, check_mask, check_positive, check_same_shape
+from palign.losses.checks import as_float, check_mask, check_positive, check_same_shape, check_shape
 
 
 def token_logps(
@@ -196,20 +195,9 @@ def _predicting(
     Logits elsewhere are replaced by zeros before any formula: whatever stood there, even NaN, gets gradient 0.
     """
     check_mask(loss, "response_mask", response_mask)
-    chex.assert_rank(
-        response_mask,
-        2,
-        custom_message=f"{loss}: response_mask has shape {list(response_mask.shape)}; expected [B, T]",
-        exception_type=ValueError,
-    )
-    for name, values in logits.items():
-        chex.assert_shape(
-            values,
-            (*response_mask.shape, None),
-            custom_message=f"{loss}: {name} has shape {list(jnp.shape(values))}, response_mask "
-            f"{list(response_mask.shape)}; expected [B, T, V] and [B, T], neither shifted",
-            exception_type=ValueError,
-        )
+    check_shape(loss, "[B, T]", (None, None), response_mask=response_mask)
+    expected = f"[B, T, V], not shifted, with the B and T of response_mask {list(response_mask.shape)}"
+    check_shape(loss, expected, (*response_mask.shape, None), **logits)
     keep = response_mask[:, 1:]
     return keep, [jnp.where(keep[..., None], as_float(values)[:, :-1], 0.0) for values in logits.values()]
 
@@ -340,13 +328,8 @@ def shared_and_tail_logps(
     _predicting("shared_and_tail_logps", response_mask, logits=logits)
     check_same_shape("shared_and_tail_logps", ids=ids, response_mask=response_mask)
     shared_lengths = jnp.asarray(shared_lengths)
-    chex.assert_shape(
-        shared_lengths,
-        response_mask.shape[:1],
-        custom_message=f"shared_and_tail_logps: shared_lengths has shape {list(shared_lengths.shape)}, response_mask "
-        f"{list(response_mask.shape)}; expected [B] and [B, T]",
-        exception_type=ValueError,
-    )
+    expected = f"[B] with the B of response_mask {list(response_mask.shape)}"
+    check_shape("shared_and_tail_logps", expected, response_mask.shape[:1], shared_lengths=shared_lengths)
     logps = token_logps(logits, ids, response_mask)[:, 1:]
     # Counted in int32 whatever the lengths come in: int8 would wrap at the 128th token.
     shared = jnp.cumsum(response_mask[:, 1:], axis=1, dtype=jnp.int32) <= shared_lengths.astype(jnp.int32)[:, None]

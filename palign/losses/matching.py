@@ -9,16 +9,16 @@ import numbers
 from collections.abc import Callable
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from palign.losses.checks import as_float, check_mask, check_positive, check_same_shape
+from palign.losses.checks import as_float, check_mask, check_positive, check_same_shape, check_shape
 
 # Twice what the slowest tried needs, barely separable embeddings in the thousands whose logits pass 1000. Most need 10.
 _NEWTON_STEPS = 40
 _DOUBLINGS = 10  # of a step, at most
+_EMBEDDINGS = "[N, D], one row per prompt"
 
 
 class PromptClassifier(NamedTuple):
@@ -71,9 +71,10 @@ def fit_prompt_classifier(
         >>> print(np.asarray(classifier.kernel).round(4))
         [0.6748]
     """
-    _check_embeddings("fit_prompt_classifier", embeddings)
+    check_shape("fit_prompt_classifier", _EMBEDDINGS, (None, None), embeddings=embeddings)
     check_mask("fit_prompt_classifier", "desirable", desirable)
-    _check_length("fit_prompt_classifier", embeddings, desirable)
+    rows = embeddings.shape[0]
+    check_shape("fit_prompt_classifier", f"[{rows}], one for each row of embeddings", (rows,), desirable=desirable)
     check_positive("fit_prompt_classifier", regularisation=regularisation)
     features = jax.lax.stop_gradient(as_float(embeddings))
     # With the default of an accelerator these products would be rounded to bf16 or TF32.
@@ -120,7 +121,7 @@ def desirable_probability(classifier: PromptClassifier, embeddings: Float[Array,
         >>> print(np.asarray(losses.desirable_probability(classifier, jnp.array([[0.5], [1.5]]))).round(4))
         [0.5    0.8808]
     """
-    _check_embeddings("desirable_probability", embeddings)
+    check_shape("desirable_probability", _EMBEDDINGS, (None, None), embeddings=embeddings)
     width, expected = jnp.shape(embeddings)[1], jnp.shape(classifier.kernel)
     if (width,) != expected:
         raise ValueError(
@@ -173,12 +174,7 @@ def udm_weights(
         >>> print(np.asarray(losses.udm_weights(jnp.array([0.8, 0.1, 0.1]), desirable)).round(4))
         [4.  0.5 1. ]
     """
-    chex.assert_rank(
-        probability,
-        1,
-        custom_message=f"udm_weights: probability has shape {list(jnp.shape(probability))}; expected [B]",
-        exception_type=ValueError,
-    )
+    check_shape("udm_weights", "[B]", (None,), probability=probability)
     check_mask("udm_weights", "desirable", desirable)
     check_same_shape("udm_weights", probability=probability, desirable=desirable)
     check_positive("udm_weights", low=low, high=high)
@@ -242,26 +238,3 @@ def _step_length(slope_after: Callable[[Array], Array], moves: Float[Array, " N"
     doublings = 2.0 ** jnp.arange(1, 1 + _DOUBLINGS, dtype=moves.dtype)
     falling = jax.vmap(slope_after)(sure * doublings) <= 0
     return sure * 2.0 ** falling.sum().astype(moves.dtype)
-
-
-def _check_embeddings(function: str, embeddings: Array) -> None:
-    """Raise ValueError unless `embeddings` is `[N, D]`."""
-    chex.assert_rank(
-        embeddings,
-        2,
-        custom_message=f"{function}: embeddings has shape {list(jnp.shape(embeddings))}; expected [N, D], one row "
-        "per prompt",
-        exception_type=ValueError,
-    )
-
-
-def _check_length(function: str, embeddings: Array, desirable: Array) -> None:
-    """Raise ValueError unless `desirable` has one element per row of `embeddings`."""
-    rows = jnp.shape(embeddings)[0]
-    chex.assert_shape(
-        desirable,
-        (rows,),
-        custom_message=f"{function}: desirable has shape {list(jnp.shape(desirable))}; expected [{rows}], "
-        "one for each row of embeddings",
-        exception_type=ValueError,
-    )

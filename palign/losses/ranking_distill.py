@@ -5,12 +5,19 @@ vocabulary entries as they do: at or below -1e9, -inf included, in both models, 
 gradient. Teachers receive no gradient.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from palign.losses.checks import as_float, check_lists, check_pairs, check_positive, check_same_shape
+from palign.losses.checks import (
+    as_float,
+    check_lists,
+    check_pairs,
+    check_positive,
+    check_same_shape,
+    check_shape,
+    check_type,
+)
 from palign.losses.distill import floored
 
 
@@ -217,19 +224,8 @@ def binary_kl_norm(
 
 def _check_labels(loss: str, labels: Int[Array, "*batch"], logits: Float[Array, "*batch V"]) -> None:
     expected = jnp.shape(logits)[:-1]
-    chex.assert_shape(
-        labels,
-        expected,
-        custom_message=f"{loss}: labels has shape {list(jnp.shape(labels))}; expected {list(expected)}, one class for "
-        "each position of the logits",
-        exception_type=ValueError,
-    )
-    chex.assert_type(
-        labels,
-        int,
-        custom_message=f"{loss}: labels has dtype {jnp.result_type(labels)}; expected integers, the true classes",
-        exception_type=ValueError,
-    )
+    check_shape(loss, f"{list(expected)}, one class for each position of the logits", expected, labels=labels)
+    check_type(loss, "integers, the true classes", int, labels=labels)
 
 
 def _log_sum_below(

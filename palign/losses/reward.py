@@ -4,12 +4,11 @@ Rewards are any real numbers, what a scalar head returns for a whole response. O
 for the Bradley-Terry losses; `bradley_terry_centred` ties down the rest.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from palign.losses.checks import as_float, check_mask, check_positive, check_same_shape
+from palign.losses.checks import as_float, check_mask, check_pairs, check_positive, check_same_shape, check_shape
 from palign.losses.checks import margins as chosen_minus_rejected
 
 
@@ -40,7 +39,7 @@ def bradley_terry(rewards: Float[Array, "B 2"]) -> Float[Array, " B"]:
         >>> print(np.asarray(losses.bradley_terry(jnp.array([[1.5, -0.5], [3.0, 3.0]]))).round(4))
         [0.1269 0.6931]
     """
-    _check_rewards("bradley_terry", rewards)
+    check_pairs("bradley_terry", rewards=rewards)
     return jax.nn.softplus(-chosen_minus_rejected(as_float(rewards)))
 
 
@@ -72,7 +71,7 @@ def bradley_terry_margin(rewards: Float[Array, "B 2"], margins: Float[Array, " B
         >>> print(np.asarray(losses.bradley_terry_margin(jnp.array([[1.5, -0.5]]), jnp.array([1.0]))).round(4))
         [0.3133]
     """
-    _check_rewards("bradley_terry_margin", rewards)
+    check_pairs("bradley_terry_margin", rewards=rewards)
     check_same_shape("bradley_terry_margin", margins=margins, **{"rewards[:, 0]": rewards[:, 0]})
     return jax.nn.softplus(jax.lax.stop_gradient(as_float(margins)) - chosen_minus_rejected(as_float(rewards)))
 
@@ -106,7 +105,7 @@ def bradley_terry_scaled(rewards: Float[Array, "B 2"], margins: Float[Array, " B
         >>> print(np.asarray(losses.bradley_terry_scaled(jnp.array([[1.5, -0.5]]), jnp.array([3.0]))).round(4))
         [0.3808]
     """
-    _check_rewards("bradley_terry_scaled", rewards)
+    check_pairs("bradley_terry_scaled", rewards=rewards)
     check_same_shape("bradley_terry_scaled", margins=margins, **{"rewards[:, 0]": rewards[:, 0]})
     return jax.lax.stop_gradient(as_float(margins)) * jax.nn.softplus(-chosen_minus_rejected(as_float(rewards)))
 
@@ -144,7 +143,7 @@ def bradley_terry_centred(
         >>> print(np.asarray(losses.bradley_terry_centred(jnp.array([[1.5, -0.5]]), coefficient=0.01)).round(4))
         [0.1369]
     """
-    _check_rewards("bradley_terry_centred", rewards)
+    check_pairs("bradley_terry_centred", rewards=rewards)
     check_positive("bradley_terry_centred", coefficient=coefficient)
     rewards = as_float(rewards)
     return jax.nn.softplus(-chosen_minus_rejected(rewards)) + coefficient * jnp.square(rewards.sum(-1))
@@ -184,13 +183,7 @@ def masked_regression(
         >>> print(np.asarray(losses.masked_regression(jnp.full((2, 3), 3.0), targets, ~jnp.isnan(targets))))
         [2.5 0. ]
     """
-    chex.assert_rank(
-        predictions,
-        2,
-        custom_message=f"masked_regression: predictions has shape {list(jnp.shape(predictions))}; expected [B, H], "
-        "one column per attribute",
-        exception_type=ValueError,
-    )
+    check_shape("masked_regression", "[B, H], one column per attribute", (None, None), predictions=predictions)
     check_mask("masked_regression", "valid", valid)
     check_same_shape("masked_regression", predictions=predictions, targets=targets, valid=valid)
     predictions, targets = (jnp.where(valid, as_float(array), 0.0) for array in (predictions, targets))
@@ -287,17 +280,6 @@ def gpm(
             "index 1 = rejected"
         )
     return jax.nn.softplus(-gpm_scores(embeddings, weights)[:, 0, 1] / temperature)
-
-
-def _check_rewards(loss: str, rewards: Array) -> None:
-    """Raise ValueError unless `rewards` is `[B, 2]`."""
-    chex.assert_shape(
-        rewards,
-        (None, 2),
-        custom_message=f"{loss}: rewards has shape {list(jnp.shape(rewards))}; expected [B, 2] with column 0 = chosen, "
-        "column 1 = rejected, one number per response",
-        exception_type=ValueError,
-    )
 
 
 def _check_embeddings(loss: str, embeddings: Array, weights: Array) -> None:

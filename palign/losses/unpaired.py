@@ -7,12 +7,20 @@ is a scalar argument: compute it once over the global batch, and any split into 
 import numbers
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from palign.losses.checks import as_float, check_mask, check_pairs, check_positive, check_same_shape, log_ratios
+from palign.losses.checks import (
+    as_float,
+    check_mask,
+    check_pairs,
+    check_positive,
+    check_same_shape,
+    check_scalars,
+    check_shape,
+    log_ratios,
+)
 
 
 class BcoShift(NamedTuple):
@@ -121,7 +129,7 @@ def kto(
         [0.475 0.525]
     """
     _check_examples("kto", "desirable", desirable, policy_logps=policy_logps, ref_logps=ref_logps)
-    _check_scalar("kto", kl=kl)
+    check_scalars("kto", kl=kl)
     check_positive("kto", beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
     gains = beta * (log_ratios(policy_logps, ref_logps) - jax.lax.stop_gradient(as_float(kl)))
     losses = jax.nn.sigmoid(-_towards(desirable, gains))
@@ -229,7 +237,7 @@ def bco(
     """
     arrays = dict(policy_logps=policy_logps, ref_logps=ref_logps, weights=weights)
     _check_examples("bco", "desirable", desirable, **arrays)
-    _check_scalar("bco", shift=shift)
+    check_scalars("bco", shift=shift)
     check_positive("bco", beta=beta)
     logits = beta * log_ratios(policy_logps, ref_logps) - jax.lax.stop_gradient(as_float(shift))
     return jax.lax.stop_gradient(as_float(weights)) * jax.nn.softplus(-_towards(desirable, logits))
@@ -281,7 +289,7 @@ def bco_pair(
         [1.1963]
     """
     check_pairs("bco_pair", policy_logps=policy_logps, ref_logps=ref_logps)
-    _check_scalar("bco_pair", shift=shift)
+    check_scalars("bco_pair", shift=shift)
     check_positive("bco_pair", beta=beta)
     logits = beta * log_ratios(policy_logps, ref_logps) - jax.lax.stop_gradient(as_float(shift))
     return jax.nn.softplus(-logits[:, 0]) + jax.nn.softplus(logits[:, 1])
@@ -355,14 +363,8 @@ def bco_shift_update(
         >>> print(np.asarray(state.means).round(4))
         [ 1.5263 -0.5   ]
     """
-    for name, array in dict(means=state.means, weights=state.weights, reward_sums=reward_sums, counts=counts).items():
-        chex.assert_shape(
-            array,
-            (2,),
-            custom_message=f"bco_shift_update: {name} has shape {list(jnp.shape(array))}; expected [2], desirable "
-            "first",
-            exception_type=ValueError,
-        )
+    halves = dict(means=state.means, weights=state.weights, reward_sums=reward_sums, counts=counts)
+    check_shape("bco_shift_update", "[2], desirable first", (2,), **halves)
     if isinstance(decay, numbers.Real) and not 0 <= decay < 1:
         raise ValueError(f"bco_shift_update: decay is {decay}; expected at least 0 and below 1")
     dtype = state.means.dtype  # the state keeps its type, or it could not be carried through a scan
@@ -405,23 +407,6 @@ def _towards(desirable: Bool[Array, " B"], values: Float[Array, " B"]) -> Float[
 
 def _check_examples(loss: str, mask_name: str, mask: Bool[Array, " B"], **arrays: Array) -> None:
     """Raise ValueError unless every array is `[B]` with the same B, and so is the boolean mask."""
-    for name, array in arrays.items():
-        chex.assert_rank(
-            array,
-            1,
-            custom_message=f"{loss}: {name} has shape {list(jnp.shape(array))}; expected [B], one number per response",
-            exception_type=ValueError,
-        )
+    check_shape(loss, "[B], one number per response", (None,), **arrays)
     check_mask(loss, mask_name, mask)
     check_same_shape(loss, **arrays, **{mask_name: mask})
-
-
-def _check_scalar(loss: str, **values: Float[Array, ""]) -> None:
-    """Raise ValueError unless every value is a scalar: one for the whole batch, not one per example or device."""
-    for name, value in values.items():
-        chex.assert_rank(
-            value,
-            0,
-            custom_message=f"{loss}: {name} has shape {list(jnp.shape(value))}; expected a scalar of the whole batch",
-            exception_type=ValueError,
-        )

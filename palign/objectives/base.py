@@ -5,8 +5,10 @@ which frozen models, which denominator, which numbers of the whole batch, and wh
 *objective* is a weighted list of methods over one forward pass of the policy.
 """
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +49,11 @@ class Needs(NamedTuple):
             self.per_target | other.per_target,
             self.frozen | other.frozen,
         )
+
+
+def union(needs: Iterable[Needs]) -> Needs:
+    """The needs of all."""
+    return functools.reduce(operator.or_, needs, Needs())
 
 
 class Forward(NamedTuple):
@@ -149,10 +156,8 @@ class Method(NamedTuple):
     @property
     def all_needs(self) -> Needs:
         """Everything that the forward pass must hold for it."""
-        needs = self.needs | Needs(frozen=frozenset(self.frozen))
-        for reading in self.reads:
-            needs |= reading.needs
-        return needs | (self.statistic.needs if self.statistic else Needs())
+        measured = self.statistic.needs if self.statistic else Needs()
+        return union((self.needs, Needs(frozen=frozenset(self.frozen)), measured, *(r.needs for r in self.reads)))
 
 
 class Context(NamedTuple):

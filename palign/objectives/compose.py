@@ -1,13 +1,24 @@
 """How a weighted list of methods becomes one objective."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from palign.models.protocol import LanguageModel, Params
-from palign.objectives.base import REFERENCE, Context, Forward, Method, Needs, Objective, call, keywords, run_forward
+from palign.objectives.base import (
+    REFERENCE,
+    Context,
+    Forward,
+    Method,
+    Needs,
+    Objective,
+    call,
+    keywords,
+    run_forward,
+    union,
+)
 from palign.objectives.methods import token_metrics
 from palign.objectives.registry import needs_of, resolve_methods
 from palign.types import Array, Batch, Mean, Terms
@@ -70,7 +81,7 @@ def make_objective(
         return _terms(methods, forward, batch, context, diagnosis)
 
     def statistics(params: Params, aux: Mapping[str, Params], batch: Batch) -> dict[str, Any]:
-        asked = _union(statistic.needs for _, statistic in measured.values())
+        asked = union(statistic.needs for _, statistic in measured.values())
         forward = run_forward(lm, params, aux, batch, asked, chunk=chunk)
         return {name: statistic.measure(method, forward, batch) for name, (method, statistic) in measured.items()}
 
@@ -120,13 +131,6 @@ def _remember(methods: Sequence[_Named], carry: Mapping[str, Any], seen: Mapping
         for name, method, hyper in methods
         if method.memory
     }
-
-
-def _union(all_needs: Iterable[Needs]) -> Needs:
-    needs = Needs()
-    for more in all_needs:
-        needs |= more
-    return needs
 
 
 def _check_reference(names: Sequence[str], needs: Needs, cached: bool) -> None:

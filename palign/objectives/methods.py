@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from palign.heads.target_values import TokenValues, values_at_targets
 from palign.heads.weighted_sum import weighted_sum
 from palign.losses import implicit_rewards
-from palign.objectives.base import Memory, Method, Needs, Reading, Statistic, by_slot, lengths_by_slot, mean_over
+from palign.objectives.base import Memory, Method, Reading, Statistic, by_slot, lengths_by_slot, mean_over, union
 from palign.objectives.readings import (
     AVERAGE,
     GRADED,
@@ -135,7 +135,7 @@ def batch_value(function: Callable, *reads: Reading) -> Statistic:
         (value, micro_batches) = function(*_merged(arrays)), arrays[0].shape[0]
         return jnp.broadcast_to(value, (micro_batches, *value.shape))
 
-    return Statistic(_measure_reads(reads), combine, _needs_of(reads))
+    return Statistic(_measure_reads(reads), combine, union(reading.needs for reading in reads))
 
 
 def batch_match(function: Callable, *reads: Reading) -> Statistic:
@@ -145,7 +145,7 @@ def batch_match(function: Callable, *reads: Reading) -> Statistic:
         value, (micro_batches, size) = function(*_merged(arrays)), arrays[0].shape[:2]
         return value.reshape(micro_batches, size, *value.shape[1:])
 
-    return Statistic(_measure_reads(reads), combine, _needs_of(reads))
+    return Statistic(_measure_reads(reads), combine, union(reading.needs for reading in reads))
 
 
 def mismatched_value(function: Callable) -> Statistic:
@@ -164,13 +164,6 @@ def _measure_reads(reads):
         return (*(reading.read(forward, batch, method.view) for reading in reads), method.view.counted(batch))
 
     return measure
-
-
-def _needs_of(reads):
-    needs = Needs()
-    for reading in reads:
-        needs |= reading.needs
-    return needs
 
 
 def _merged(arrays):

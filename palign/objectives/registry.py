@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 
 from palign import losses
-from palign.objectives.base import Method, Needs, hyper_defaults
+from palign.objectives.base import Method, Needs, hyper_defaults, union
 from palign.objectives.methods import (
     batch_match,
     distillation,
@@ -207,7 +207,4 @@ def _nearest(name: str, choices: Iterable[str]) -> str:
 
 def needs_of(names: Sequence[str]) -> Needs:
     """What the forward pass must hold for all the named methods."""
-    needs = Needs()
-    for name in names:
-        needs |= find_method(name).all_needs
-    return needs
+    return union(find_method(name).all_needs for name in names)

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from palign.data.loader import Dataset, batches
+from palign.data.loader import Dataset
 from palign.data.pack import subset_tree, tree_tokens
 from palign.data.quantile_filter import QuantileRange, keep_quantiles, parse_quantile_range
 from palign.data.readers import read_records
@@ -21,12 +21,13 @@ from palign.data.tokenize import TokenTree, tokenize_records
 from palign.eval.diagnostics import at_pairs
 from palign.eval.displacement import ches, hidden_sums_by_slot, length_normalised_ches
 from palign.eval.edit_distance import normalised_edit_distance
+from palign.eval.per_target import per_row
 from palign.eval.ranking import BETAS, idealised_accuracy_range
 from palign.eval.score import as_dataset
 from palign.heads.target_values import target_logps
 from palign.models.protocol import LanguageModel
 from palign.objectives.base import lengths_by_slot, sum_by_slot
-from palign.sharding.mesh import SHARED, make_mesh, row_sharding, to_global
+from palign.sharding.mesh import make_mesh
 from palign.train.metrics import Reporter, say
 from palign.train.prepare import has_preference
 from palign.train.sources import Loaded, load_run
@@ -125,33 +126,28 @@ def measure(model: Loaded, dataset: Dataset, mesh: Mesh, *, title: str) -> list[
     Returns:
         One entry for each example, in the data's order.
     """
-    compiled = _compile(model.lm, mesh)
     found: dict[int, PairNumbers] = {}
-    with jax.set_mesh(mesh), Reporter(title, dataset.num_steps) as progress:
-        for step, batch in batches(dataset, start_step=0, micro_batches=1):
-            numbers = jax.device_get(compiled(model.params, to_global(mesh, batch)))
-            R, P = batch.pairs.shape[1:3]
-            K = batch.valid.shape[-1]
-            for r, p in np.argwhere(batch.pairs[0, ..., 0] > 0):
-                members = dataset.plan.row(step * R + r)
-                example = (batch.pairs[0, r, p, 0] - 1) // K
-                found[int(members[example])] = PairNumbers(*(values[r * P + p] for values in numbers))
-            progress.advance(step + 1, float((batch.group > 0).sum()))
+    with Reporter(title, dataset.num_steps) as progress:
+        for values, row, members in per_row(
+            dataset, _pair_numbers(model.lm), model.params, mesh, advance=progress.advance
+        ):
+            for p in np.flatnonzero(row.pairs[:, 0]):
+                example = (row.pairs[p, 0] - 1) // row.valid.shape[-1]
+                found[int(members[example])] = PairNumbers(*(numbers[p] for numbers in values))
     return [found[i] for i in range(len(dataset.trees))]
 
 
 @functools.cache
-def _compile(lm: LanguageModel, mesh: Mesh) -> Callable:
+def _pair_numbers(lm: LanguageModel) -> Callable:
     def numbers(params, batch):
-        batch = jax.tree.map(lambda x: x[0], batch)  # the only micro-batch
         hidden = lm.hidden(params, batch)
         logps = sum_by_slot(target_logps(hidden, lm.unembed(params), batch), batch)
         lengths = at_pairs(lengths_by_slot(batch), batch)
         sums = at_pairs(hidden_sums_by_slot(hidden, batch), batch)
-        return PairNumbers(at_pairs(logps, batch), lengths, ches(sums), length_normalised_ches(sums, lengths))
+        found = PairNumbers(at_pairs(logps, batch), lengths, ches(sums), length_normalised_ches(sums, lengths))
+        return jax.tree.map(lambda values: values.reshape(*batch.pairs.shape[:2], *values.shape[1:]), found)
 
-    rows, whole = row_sharding(mesh, axis=1), NamedSharding(mesh, SHARED)
-    return jax.jit(numbers, in_shardings=(None, rows), out_shardings=whole)
+    return numbers
 
 
 def _check_wanted(keep_quantile: str, filtered: str, reference: str) -> QuantileRange | None:

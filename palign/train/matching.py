@@ -6,19 +6,20 @@ and an evaluation see the same weights.
 """
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from palign import losses
-from palign.data.loader import Dataset, batches
+from palign.data.loader import Dataset
 from palign.data.tokenize import TokenTree
+from palign.eval.per_target import per_row
 from palign.models.protocol import LanguageModel, Params
-from palign.sharding.mesh import SHARED, row_sharding, to_global
 from palign.train.metrics import say
 from palign.train.prepare import Prepared
 from palign.types import Batch
@@ -85,27 +86,21 @@ def _classifier(dataset, lm, params, mesh, file, seed) -> losses.PromptClassifie
 
 def embed_prompts(dataset: Dataset, lm: LanguageModel, params: Params, mesh: Mesh) -> np.ndarray:
     """The hidden state that predicts each example's first response token: `[examples, D]` float32."""
-    once = dataclasses.replace(dataset.once(), reference_logps=None, weights=None)
     found: list[np.ndarray] = [np.empty(0)] * len(dataset.trees)
-    rows, whole = row_sharding(mesh, axis=1), NamedSharding(mesh, SHARED)
-
-    def embed(params: Params, batch: Batch) -> jax.Array:
-        return _first_sources(lm, params, jax.tree.map(lambda x: x[0], batch))
-
-    compiled = jax.jit(embed, in_shardings=(None, rows), out_shardings=whole)
-    with jax.set_mesh(mesh):
-        for step, batch in batches(once, start_step=0, micro_batches=1):
-            result = np.asarray(compiled(params, to_global(mesh, batch)))
-            for r in range(once.plan.rows_per_step):
-                for e, member in enumerate(once.plan.row(step * once.plan.rows_per_step + r)):
-                    found[member] = result[r, e]
+    for values, _, members in per_row(dataset, _first_sources(lm), params, mesh):
+        for e, member in enumerate(members):
+            found[member] = values[e]
     return np.stack(found)
 
 
-def _first_sources(lm: LanguageModel, params: Params, batch: Batch) -> jax.Array:
-    G, K = batch.valid.shape[1:]
-    hidden = lm.hidden(params, batch)
-    slots = jnp.arange(G) * K + 1  # an example's first response
-    first = jax.vmap(lambda row: jnp.argmax(row[None] == slots[:, None], axis=-1))(batch.target_slot)
-    columns = jnp.take_along_axis(batch.target_source, first, axis=1)
-    return jnp.take_along_axis(hidden, columns[..., None], axis=1).astype(jnp.float32)
+@functools.cache
+def _first_sources(lm: LanguageModel) -> Callable[[Params, Batch], jax.Array]:
+    def embed(params, batch):
+        G, K = batch.valid.shape[1:]
+        hidden = lm.hidden(params, batch)
+        slots = jnp.arange(G) * K + 1  # an example's first response
+        first = jax.vmap(lambda row: jnp.argmax(row[None] == slots[:, None], axis=-1))(batch.target_slot)
+        columns = jnp.take_along_axis(batch.target_source, first, axis=1)
+        return jnp.take_along_axis(hidden, columns[..., None], axis=1).astype(jnp.float32)
+
+    return embed

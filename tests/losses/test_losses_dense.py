@@ -158,7 +158,7 @@ def test_wrong_arguments_are_answered_with_their_name():
     (logits, _, _), ids, mask = batch()
     with pytest.raises(ValueError, match="token_logps: response_mask has dtype int32; expected bool"):
         losses.dense.token_logps(logits, ids, mask.astype(np.int32))
-    with pytest.raises(ValueError, match=r"token_logps: logits has shape \[6, 6, 5\].*neither shifted"):
+    with pytest.raises(ValueError, match=r"token_logps: logits has shape \[6, 6, 5\].*not shifted"):
         losses.dense.token_logps(logits[:, :-1], ids, mask)
     with pytest.raises(ValueError, match=r"token_logps: .*ids \[6, 6\]"):
         losses.dense.token_logps(logits, ids[:, 1:], mask)
@@ -166,7 +166,7 @@ def test_wrong_arguments_are_answered_with_their_name():
         losses.dense.aligndistil(logits, logits[:3], logits, mask)
     with pytest.raises(ValueError, match=r"response_mask has shape \[6\]"):
         losses.dense.sequence_logps(logits, ids, mask[:, 0])
-    with pytest.raises(ValueError, match=r"sequence_kl: ref_logits has shape \[6, 6, 5\].*neither shifted"):
+    with pytest.raises(ValueError, match=r"sequence_kl: ref_logits has shape \[6, 6, 5\].*not shifted"):
         losses.dense.sequence_kl(logits, logits[:, 1:], mask)
     with pytest.raises(ValueError, match="sequence_kl: response_mask has dtype int32; expected bool"):
         losses.dense.sequence_kl(logits, logits, mask.astype(np.int32))

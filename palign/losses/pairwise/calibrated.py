@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from palign.losses.checks import check_pairs, check_positive, log_ratios, margins
-from palign.losses.pairwise.f_dpo import check_between
+from palign.losses.checks import check_between, check_pairs, check_positive, log_ratios, margins
 
 
 def exo_pair(

@@ -5,15 +5,13 @@ losses of a difference of two responses to one prompt may be changed in this way
 then cancels.
 """
 
-import math
-import numbers
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from palign.losses.checks import check_pairs, check_positive, log_ratios, margins
+from palign.losses.checks import check_between, check_pairs, check_positive, log_ratios, margins
 
 # exp overflows float32 at 88.7. What is left between the two is room for beta, 1 / alpha and sums over a batch.
 _LARGEST_EXPONENT = 80.0
@@ -151,13 +149,6 @@ def f_dpo_alpha(
     """
     check_between("f_dpo_alpha", 0.0, 1.0, alpha=alpha)
     return _logistic("f_dpo_alpha", policy_logps, ref_logps, beta, lambda ratios: _alpha_scores(ratios, alpha))
-
-
-def check_between(loss: str, low: float, high: float, **values: float | Float[Array, ""]) -> None:
-    """Raise ValueError if a plain number is not finite and in [low, high]; traced values cannot be looked at."""
-    for name, value in values.items():
-        if isinstance(value, numbers.Real) and not (low <= value <= high and math.isfinite(value)):
-            raise ValueError(f"{loss}: {name} is {value}; expected a finite number in [{low}, {high}]")
 
 
 def _logistic(

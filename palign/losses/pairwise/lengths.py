@@ -1,12 +1,10 @@
 """DPO that does not learn to be long: per-token rewards, a penalty on length, or a discounted tail."""
 
-import numbers
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from palign.losses.checks import check_pairs, check_positive, log_ratios, margins
+from palign.losses.checks import check_between, check_pairs, check_positive, log_ratios, margins
 
 
 def ln_dpo(
@@ -164,8 +162,7 @@ def ld_dpo(
         "ld_dpo", policy_shared=policy_shared, policy_tail=policy_tail, ref_shared=ref_shared, ref_tail=ref_tail
     )
     check_positive("ld_dpo", beta=beta)
-    if isinstance(alpha, numbers.Real) and not 0 <= alpha <= 1:
-        raise ValueError(f"ld_dpo: alpha is {alpha}; expected a weight of the tail in [0, 1]")
+    check_between("ld_dpo", 0.0, 1.0, alpha=alpha)
     ratios = log_ratios(policy_shared, ref_shared) + alpha * log_ratios(policy_tail, ref_tail)
     return jax.nn.softplus(-beta * margins(ratios))
 

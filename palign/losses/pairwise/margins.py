@@ -1,12 +1,10 @@
 """DPO with another zero, another margin or another beta per pair: scaled reference, offset, reward-dependent beta."""
 
-import numbers
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from palign.losses.checks import as_float, check_pairs, check_positive, log_ratios, margins
+from palign.losses.checks import as_float, check_between, check_pairs, check_positive, log_ratios, margins
 
 
 def scaled_dpo(
@@ -226,8 +224,7 @@ def _check_curve(
 ) -> None:
     """Raise ValueError for plain numbers with which beta(delta) would fall or have no bound."""
     check_positive(loss, beta=beta, rate=rate)
-    if isinstance(weight, numbers.Real) and not 0 <= weight < float("inf"):
-        raise ValueError(f"{loss}: weight is {weight}; expected a finite number of at least 0")
+    check_between(loss, 0.0, float("inf"), weight=weight)
 
 
 def _curve(

@@ -1,13 +1,10 @@
 """Bias-variance optimised preference optimisation (BVPO): the loss with a sampled reasoning trace and that without."""
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from palign.losses.checks import as_float, check_same_shape
-from palign.losses.pairwise.f_dpo import check_between
-from palign.losses.pairwise.noise_aware import check_scalars
+from palign.losses.checks import as_float, check_between, check_same_shape, check_scalars, check_shape
 
 
 def bvpo(
@@ -95,12 +92,7 @@ def bvpo_weight(
         0.5
     """
     check_same_shape("bvpo_weight", trace_bias=trace_bias, empty_bias=empty_bias)
-    chex.assert_rank(
-        trace_bias,
-        1,
-        custom_message=f"bvpo_weight: trace_bias has shape {list(jnp.shape(trace_bias))}; expected a vector, [D]",
-        exception_type=ValueError,
-    )
+    check_shape("bvpo_weight", "a vector, [D]", (None,), trace_bias=trace_bias)
     check_scalars("bvpo_weight", trace_variance=trace_variance, empty_variance=empty_variance, covariance=covariance)
     of_trace, of_empty = as_float(trace_bias), as_float(empty_bias)
     between = of_empty - of_trace

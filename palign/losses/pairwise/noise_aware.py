@@ -6,13 +6,19 @@ in and comes out: keep it in the train state.
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from palign.losses.checks import as_float, check_pairs, check_positive, log_ratios, margins
-from palign.losses.pairwise.f_dpo import check_between
+from palign.losses.checks import (
+    as_float,
+    check_between,
+    check_pairs,
+    check_positive,
+    check_scalars,
+    log_ratios,
+    margins,
+)
 
 _REMEMBERED = 50
 
@@ -197,14 +203,3 @@ def spa_threshold(
     value = low + (position - jnp.floor(position)) * (high - low)
     known = (filled > 0) & (history.count.astype(ascending.dtype) >= first)
     return jax.lax.stop_gradient(jnp.where(known, value, -jnp.inf))
-
-
-def check_scalars(loss: str, **arrays: Array | float) -> None:
-    """Raise ValueError, naming the loss and the argument, unless every value is a number or an array `[]`."""
-    for name, array in arrays.items():
-        chex.assert_rank(
-            array,
-            0,
-            custom_message=f"{loss}: {name} has shape {list(jnp.shape(array))}; expected a scalar, []",
-            exception_type=ValueError,
-        )

@@ -5,7 +5,7 @@ import numbers
 import jax
 from jaxtyping import Array, Float
 
-from palign.losses.checks import check_pairs, check_positive, log_ratios, margins
+from palign.losses.checks import check_between, check_pairs, check_positive, log_ratios, margins
 
 
 def cdpo(
@@ -56,8 +56,7 @@ def cdpo(
     """
     check_pairs("cdpo", policy_logps=policy_logps, ref_logps=ref_logps)
     check_positive("cdpo", beta=beta)
-    if isinstance(label_smoothing, numbers.Real) and not 0 <= label_smoothing <= 0.5:
-        raise ValueError(f"cdpo: label_smoothing is {label_smoothing}; expected a share of swapped labels in [0, 0.5]")
+    check_between("cdpo", 0.0, 0.5, label_smoothing=label_smoothing)
     logits = beta * margins(log_ratios(policy_logps, ref_logps))
     # -log sigmoid(-x) = -log sigmoid(x) + x, so smoothing only adds a straight line.
     return jax.nn.softplus(-logits) + label_smoothing * logits

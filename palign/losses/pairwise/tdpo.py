@@ -3,8 +3,7 @@
 import jax
 from jaxtyping import Array, Float
 
-from palign.losses.checks import as_float, check_pairs, check_positive, log_ratios, margins
-from palign.losses.pairwise.f_dpo import check_between
+from palign.losses.checks import as_float, check_between, check_pairs, check_positive, log_ratios, margins
 
 
 def tdpo1(

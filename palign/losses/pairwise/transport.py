@@ -5,13 +5,20 @@ the whole batch, so it goes into the losses as a value: compute it once for the 
 split into micro-batches or over devices gives the same loss and the same gradient.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from palign.losses.checks import as_float, check_mask, check_pairs, check_positive, log_ratios, margins
-from palign.losses.pairwise.f_dpo import check_between
+from palign.losses.checks import (
+    as_float,
+    check_between,
+    check_mask,
+    check_pairs,
+    check_positive,
+    check_shape,
+    log_ratios,
+    margins,
+)
 
 
 def aot_matched_margins(
@@ -101,7 +108,7 @@ def aot(
         [0.7981 0.7444]
     """
     check_pairs("aot", policy_logps=policy_logps)
-    check_vector("aot", policy_logps, matched_margins=matched_margins)
+    check_shape("aot", "[B] with the B of the pairs", policy_logps.shape[:1], matched_margins=matched_margins)
     _check_numbers("aot", beta, label_smoothing)
     matched = jax.lax.stop_gradient(as_float(matched_margins))
     return _smoothed(beta * (margins(as_float(policy_logps)) - matched), label_smoothing)
@@ -206,23 +213,11 @@ def aot_unpaired(
     return both - jax.lax.stop_gradient(both / 2)
 
 
-def check_vector(loss: str, pairs: Float[Array, "B 2"], **arrays: Array) -> None:
-    """Raise ValueError, naming the loss and the argument, unless every array is `[B]` with the B of the pairs."""
-    for name, array in arrays.items():
-        chex.assert_shape(
-            array,
-            (pairs.shape[0],),
-            custom_message=f"{loss}: {name} has shape {list(jnp.shape(array))}; expected [B] with the B of the pairs, "
-            f"[{pairs.shape[0]}]",
-            exception_type=ValueError,
-        )
-
-
 def _check_listed(
     loss: str, policy_logps: Float[Array, "B 2"], ref_logps: Float[Array, "B 2"], listed: Bool[Array, " B"]
 ) -> None:
     check_pairs(loss, policy_logps=policy_logps, ref_logps=ref_logps)
-    check_vector(loss, policy_logps, listed=listed)
+    check_shape(loss, "[B] with the B of the pairs", policy_logps.shape[:1], listed=listed)
     check_mask(loss, "listed", listed)
 
 
