@@ -16,7 +16,7 @@ from palign.train.metrics import read_metrics
 from tests.recipes.tiny_runs import PLAIN, one_device, write_pairs
 
 ROOT = pathlib.Path(__file__).parents[2]
-COMMANDS = ("train", "generate", "evaluate", "demo")
+COMMANDS = ("train", "generate", "evaluate", "demo", "annotate")
 CONFIG = """
 from ml_collections import ConfigDict
 

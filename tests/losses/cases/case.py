@@ -23,6 +23,7 @@ class Case(NamedTuple):
         whole: positions of values that belong to the whole batch (no leading axis B).
         checks_gradient: False where weights inside are stopped, so that finite differences see more than the gradient;
             the family's own tests check it then.
+        any_shape: whether the loss takes arrays of any shape, so that none is wrong.
         name: of the case, the function's name unless it has several.
     """
 
@@ -36,6 +37,7 @@ class Case(NamedTuple):
     stopped: tuple[int, ...] = ()
     whole: tuple[int, ...] = ()
     checks_gradient: bool = True
+    any_shape: bool = False
     name: str = ""
 
     @property
