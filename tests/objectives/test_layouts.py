@@ -76,7 +76,7 @@ def test_packed_unshared_and_padded_batches_agree(name):
     }
     for label, batch in others.items():
         value, gradient, metrics = run(batch)
-        np.testing.assert_allclose(value, packed[0], rtol=1e-6, err_msg=label)
+        np.testing.assert_allclose(value, packed[0], rtol=1e-5 if name in EXPONENTIAL else 1e-6, err_msg=label)
         assert largest_difference(gradient, packed[1]) < 1e-5, label
         for key, metric in metrics.items():
             np.testing.assert_allclose(metric, packed[2][key], rtol=2e-5, atol=1e-6, err_msg=f"{label}: {key}")
