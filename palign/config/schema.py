@@ -240,6 +240,29 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """Training on the policy's own responses to the data's prompts; 0 = on the data's responses."""
+
+    every: int = 0  # steps between two draws: 1 = every step sees what the policy says now
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Checks ranges, and that nothing is set that has no effect."""
+        _not_negative("rollout", self, "every", "top_k")
+        _positive("rollout", self, "max_new_tokens", "temperature", "top_p")
+        _require(self.top_p <= 1, "rollout.top_p", self.top_p, "at most 1 (all)")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not self.every and value != field.default:
+                raise ValueError(
+                    f"config.rollout.{field.name} = {value!r} has no effect while config.rollout.every = 0; set every"
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Devices: copies of the weights times pieces of each copy; -1 = what the other leaves."""
 
@@ -257,6 +280,7 @@ class RunConfig:
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    rollout: RolloutConfig = RolloutConfig()
     mesh: MeshConfig = MeshConfig()
     init_from: str = ""  # where the policy starts; "": random weights
     reference_from: str = ""  # the model that implicit rewards are measured against

@@ -154,6 +154,11 @@ class Method(NamedTuple):
     mismatched: bool = False
 
     @property
+    def distils(self) -> bool:
+        """Whether it learns from frozen models alone, whatever the responses are."""
+        return bool(self.frozen) and self.view is None
+
+    @property
     def all_needs(self) -> Needs:
         """Everything that the forward pass must hold for it."""
         measured = self.statistic.needs if self.statistic else Needs()

@@ -200,6 +200,7 @@ def check_config(config: RunConfig) -> None:
         raise ValueError(f"config.model.value_head = 0: {methods} trains a value head; use 1 for a reward model")
     if config.model.value_head and not needs.values:
         raise ValueError(f"config.model.value_head has no effect on {methods}; use 0")
+    _check_rollout(config)
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 1)  # the tokenizer's, not known yet
     make_objective(
         make_language_model(model),
@@ -209,6 +210,27 @@ def check_config(config: RunConfig) -> None:
         cached_reference=settings.reference == "cached",
         diagnosis=diagnosis_of(settings),
     )
+
+
+def _check_rollout(config: RunConfig) -> None:
+    every, length, kept = config.rollout.every, config.rollout.max_new_tokens, config.train.checkpoint_every
+    if not every:
+        return
+    if judged := [name for name in config.objective.loss_type if not find_method(name).distils]:
+        raise ValueError(
+            f"config.rollout.every = {every}: {', '.join(judged)} learns from responses that somebody has judged or "
+            "written, and nobody has the policy's own; distillation methods can, such as aligndistil"
+        )
+    if length >= config.data.max_length:
+        raise ValueError(
+            f"config.rollout.max_new_tokens = {length} leaves no room for a prompt in config.data.max_length = "
+            f"{config.data.max_length}; lower the one or raise the other"
+        )
+    if kept % every:
+        raise ValueError(
+            f"config.train.checkpoint_every = {kept}: expected a multiple of config.rollout.every = {every}, or a run "
+            "that goes on would draw other samples"
+        )
 
 
 def diagnosis_of(settings: ObjectiveConfig) -> Diagnosis | None:

@@ -1,7 +1,9 @@
 """One run: build, restore or begin, train, evaluate, checkpoint; a finished one is left alone, another goes on."""
 
+import contextlib
 import json
 import pathlib
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -10,13 +12,15 @@ import numpy as np
 from palign.config.load import to_plain
 from palign.config.schema import RunConfig
 from palign.data.loader import batches, fingerprint
+from palign.models.protocol import Params
 from palign.sharding.mesh import to_global
 from palign.train.build import Run, build, check_same_config, evaluate
 from palign.train.checkpoint import Checkpoints
 from palign.train.metrics import MetricWriter, Reporter, read_metrics, say, to_floats
 from palign.train.optimizer import learning_rate_schedule
+from palign.train.rollout import make_draw, on_policy_batches
 from palign.train.state import TrainState
-from palign.types import Mean
+from palign.types import Batch, Mean
 
 FINISHED = "finished.json"
 
@@ -81,15 +85,15 @@ def _train(made: Run, state: TrainState, checkpoints: Checkpoints) -> dict[str, 
     rate = learning_rate_schedule(made.config.optimizer, num_steps)
     writer = MetricWriter(made.workdir, start_step=start)
     facts, evaluated = _facts(made), last_evaluation(made.workdir)
-    steps = batches(made.data.train, start_step=start, micro_batches=made.config.data.micro_batches)
-    pending: tuple[int, dict[str, Mean], np.ndarray] | None = None
+    steps = _steps(made, lambda: state.params, start)
+    pending: tuple[int, dict[str, Mean], np.ndarray, dict[str, float]] | None = None
     try:
         with Reporter(made.workdir.name, num_steps, start=start) as progress:
-            for step, host in steps:
+            for step, host, figures in steps:
                 state, metrics = made.train_step(state, made.aux, to_global(made.mesh, host))
                 if pending:
                     _report(made, *pending, rate, writer, progress)
-                pending = (step + 1, metrics, host.example_id)
+                pending = (step + 1, metrics, host.example_id, figures)
                 last, fresh = step + 1 == num_steps, {}
                 if last or (train.eval_every and (step + 1) % train.eval_every == 0):
                     evaluated = fresh = evaluate(made, state.params, state.carry)
@@ -105,18 +109,35 @@ def _train(made: Run, state: TrainState, checkpoints: Checkpoints) -> dict[str, 
     return evaluated
 
 
-def _report(made, step, metrics, examples, rate, writer, progress) -> None:
+def _steps(made: Run, current: Callable[[], Params], start: int) -> Generator[tuple[int, Batch, dict[str, float]]]:
+    """Yields (step, batch, figures to be logged with it): the data's responses, or the policy's own."""
+    settings, dataset, micro_batches = made.config.rollout, made.data.train, made.config.data.micro_batches
+    if settings.every:
+        draw = make_draw(made.lm, made.mesh, dataset, settings, eos_id=made.data.tokenizer.eos_id)
+        order = dict(start=start, micro_batches=micro_batches, seed=made.config.train.seed)
+        yield from on_policy_batches(dataset, draw, current, every=settings.every, **order)
+        return
+    with contextlib.closing(batches(dataset, start_step=start, micro_batches=micro_batches)) as steps:
+        for step, batch in steps:
+            yield step, batch, {}
+
+
+def _report(made, step, metrics, examples, figures, rate, writer, progress) -> None:
     train = made.config.train
     values = to_floats(metrics)
     progress.advance(step, values["num_tokens"], loss=values["loss"])
     if step % train.log_every == 0 or step in (1, made.data.train.num_steps):
         epoch = made.data.train.plan.epoch_of_row
         row = min(step * made.data.train.plan.rows_per_step, len(epoch)) - 1
-        logged = values | {
-            "learning_rate": float(rate(step - 1)),
-            "epoch": int(epoch[row]),
-            "tokens_per_second": progress.rate,
-        }
+        logged = (
+            values
+            | figures
+            | {
+                "learning_rate": float(rate(step - 1)),
+                "epoch": int(epoch[row]),
+                "tokens_per_second": progress.rate,
+            }
+        )
         writer.write(step, logged)
     if values["nonfinite"] >= train.stop_after_nonfinite:
         ids = sorted({int(i) for i in examples.reshape(-1) if i >= 0})

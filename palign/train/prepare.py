@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from palign.config.schema import DataConfig, RunConfig
 from palign.data.loader import Dataset
 from palign.data.pack import RowShape, row_shape
@@ -60,8 +62,14 @@ def prepare(config: RunConfig, workdir: pathlib.Path, inherited: pathlib.Path | 
     if not data.path:
         raise ValueError("config.data.path: must be set to a .jsonl or .jsonl.gz file of prompts and responses")
     sets = read_sets(data)
+    if config.rollout.every:
+        sets["train"] = [record._replace(responses=("",), scores=(0.0,)) for record in sets["train"]]
     tokenizer = _prepare_tokenizer(config, workdir, inherited, sets["train"])
-    trees = {name: _tokenise(name, records, tokenizer, data) for name, records in sets.items()}
+    room = config.rollout.max_new_tokens if config.rollout.every else 1
+    lengths = {name: data.max_length - (room - 1 if name == "train" else 0) for name in sets}
+    trees = {name: _tokenise(name, records, tokenizer, lengths[name]) for name, records in sets.items()}
+    if config.rollout.every:
+        trees["train"] = [reserve_room(tree, room) for tree in trees["train"]]
     if any(find_method(name).mismatched for name in config.objective.loss_type):
         trees = {name: _mismatch(name, part, data) for name, part in trees.items()}
     responses = max(len(tree.responses) for part in trees.values() for tree in part)
@@ -116,15 +124,20 @@ def _prepare_tokenizer(config, workdir, inherited, records: Sequence[Record]) ->
     return tokenizer
 
 
-def _tokenise(name: str, records: Sequence[Record], tokenizer: Tokenizer, data: DataConfig) -> list[TokenTree]:
-    trees, counts = tokenize_records(records, tokenizer, max_length=data.max_length)
+def _tokenise(name: str, records: Sequence[Record], tokenizer: Tokenizer, max_length: int) -> list[TokenTree]:
+    trees, counts = tokenize_records(records, tokenizer, max_length=max_length)
     counts["without_a_preference"] = sum(len(tree.scores) > 1 and not has_preference(tree) for tree in trees)
     say(f"{name}: {_counted(counts)}")
     if not trees:
         raise ValueError(
-            f"config.data: no record of {name!r} is left; raise config.data.max_length = {data.max_length}"
+            f"config.data: no record of {name!r} is left that fits {max_length} tokens; raise config.data.max_length"
         )
     return trees
+
+
+def reserve_room(tree: TokenTree, tokens: int) -> TokenTree:
+    """The tree with one response of so many tokens, to be planned now and replaced by a sample of at most as many."""
+    return tree._replace(responses=(np.zeros(tokens, np.int32),), scores=(0.0,))
 
 
 def _mismatch(name: str, trees: list[TokenTree], data: DataConfig) -> list[TokenTree]:
