@@ -41,6 +41,7 @@ class Batch(NamedTuple):
     example_id: Array  # [R, G] int32, -1 = none
     reference_logps: Array | None = None  # [R, M] float32, cached log-probs of the targets under the reference
     weight: Array | None = None  # [R, G] float32, importance of each example; None = 1
+    hidden: dict[str, Array] | None = None  # role -> [R, M, D], cached hidden states of a frozen model at the targets
 
 
 class Mean(NamedTuple):

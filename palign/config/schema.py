@@ -169,7 +169,8 @@ class ObjectiveConfig:
 
     loss_type: tuple[str, ...] = ("dpo",)  # names in palign.objectives.registry.METHODS
     loss_weights: tuple[float, ...] = (1.0,)
-    reference: str = "live"  # live, cached (per target, before training), none
+    reference: str = "live"  # live, cached (log-probabilities per target, before training), none
+    teachers: str = "live"  # live, cached (distillation's frozen models: hidden states per target, before training)
     hyper: Mapping[str, float] = dataclasses.field(default_factory=dict)  # any other key of config.objective
     head_chunk: int = 512  # targets whose logits exist at a time
     diagnostics: tuple[str, ...] = ()  # names in palign.eval.diagnostics.DIAGNOSTICS, logged with the metrics
@@ -178,6 +179,7 @@ class ObjectiveConfig:
         """Checks ranges."""
         _positive("objective", self, "head_chunk")
         _one_of("objective", self, "reference", ("live", "cached", "none"))
+        _one_of("objective", self, "teachers", ("live", "cached"))
         for name, value in self.hyper.items():
             _require(math.isfinite(value), f"objective.{name}", value, "a finite number")
         for name in ("beta", "beta0", "scale", "epsilon", "cap"):

@@ -1,13 +1,13 @@
 """The data of a run as a pure function of the step, and an iterator over it that reads ahead."""
 
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import grain
 import numpy as np
 
-from palign.data.pack import RowShape, pack_row, stack_rows
+from palign.data.pack import RowShape, join_targets, pack_row, stack_rows
 from palign.data.plan import Plan, plan_evaluation, row_needs
 from palign.data.tokenize import TokenTree
 from palign.types import Batch
@@ -26,6 +26,8 @@ class Dataset:
         seed: of the pairs that a policy draws.
         reference_logps: for each tree and response one cached log-probability (nats) a token, or None.
         weights: each tree's importance, or None.
+        hidden: role of a frozen model -> for each tree and response its hidden states at the targets, `[tokens, D]`,
+            or None.
     """
 
     trees: Sequence[TokenTree]
@@ -36,6 +38,7 @@ class Dataset:
     seed: int
     reference_logps: Sequence[Sequence[np.ndarray]] | None = None
     weights: Sequence[float] | None = None
+    hidden: Mapping[str, Sequence[Sequence[np.ndarray]]] | None = None
 
     @property
     def num_steps(self) -> int:
@@ -50,11 +53,16 @@ class Dataset:
     def row(self, index: int) -> Batch:
         """Returns row `index` of the plan, without the axis R; an empty row beyond the last."""
         members = self.plan.row(index)
-        logps = None if self.reference_logps is None else [self.reference_logps[i] for i in members]
         weights = None if self.weights is None else [self.weights[i] for i in members]
         trees = [self.trees[i] for i in members]
-        return pack_row(
-            trees, self.shape, self.pair_policy, self.layout, seed=self.seed, reference_logps=logps, weights=weights
+        row = pack_row(trees, self.shape, self.pair_policy, self.layout, seed=self.seed, weights=weights)
+
+        def joined(cached: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+            return join_targets(row, [cached[i] for i in members], like=cached[0][0])
+
+        return row._replace(
+            reference_logps=None if self.reference_logps is None else joined(self.reference_logps),
+            hidden=None if self.hidden is None else {role: joined(cached) for role, cached in self.hidden.items()},
         )
 
     def step_batch(self, step: int, *, micro_batches: int, rows: slice = slice(None)) -> Batch:

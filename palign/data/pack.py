@@ -20,7 +20,7 @@ not change.
 import difflib
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -164,7 +164,6 @@ def pack_row(
     layout: str,
     *,
     seed: int,
-    reference_logps: Sequence[Sequence[np.ndarray]] | None = None,
     weights: Sequence[float] | None = None,
 ) -> Batch:
     """Packs trees into one row, in the order given. The module's docstring shows one.
@@ -175,7 +174,6 @@ def pack_row(
         pair_policy: a name in `PAIR_POLICIES`.
         layout: a name in `LAYOUTS`.
         seed: of the pairs that a policy draws.
-        reference_logps: for each tree and response an array with one log-probability (nats) a token, or None.
         weights: each tree's importance, or None.
 
     Returns:
@@ -184,15 +182,14 @@ def pack_row(
     Raises:
         ValueError: if something exceeds its capacity, naming it, or a tree breaks the rules of `TokenTree`.
     """
-    row = _Row(shape, reference_logps is not None, weights is not None)
+    row = _Row(shape, weights is not None)
     for e, tree in enumerate(trees):
         _check_tree(tree, shape)
         if e == shape.trees:
             raise ValueError(f"{len(trees)} trees do not fit a row of {shape.trees} (RowShape.trees)")
-        logps = None if reference_logps is None else reference_logps[e]
         weight = 1.0 if weights is None else weights[e]
         row.add_example(e, tree, list_pairs(tree, pair_policy, seed=seed), weight)
-        row.add_segments(e, tree, named(LAYOUTS, layout, "layout")(len(tree.responses)), logps)
+        row.add_segments(e, tree, named(LAYOUTS, layout, "layout")(len(tree.responses)))
     return row.finish()
 
 
@@ -200,20 +197,45 @@ def stack_rows(rows: Sequence[Batch]) -> Batch:
     """Stacks rows (or batches) of one shape along a new first axis.
 
     Args:
-        rows: at least one row; either all have `reference_logps` (or `weight`) or none has.
+        rows: at least one row; what may be None (`reference_logps`, say) is given in all or in none.
 
     Returns:
         The batch.
     """
-    return Batch(*(None if leaf[0] is None else np.stack(leaf) for leaf in zip(*rows, strict=True)))
+    return Batch(*(_stack(leaves) for leaves in zip(*rows, strict=True)))
 
 
-def split_targets(row: Batch, values: np.ndarray) -> list[tuple[np.ndarray, ...]]:
-    """Hands a row's per-target values back to its examples: the inverse of `pack_row(..., reference_logps=...)`.
+def _stack(leaves: Sequence[Any]) -> Any:
+    if isinstance(leaves[0], dict):
+        return {name: _stack([leaf[name] for leaf in leaves]) for name in leaves[0]}
+    return None if leaves[0] is None else np.stack(leaves)
+
+
+def join_targets(row: Batch, values: Sequence[Sequence[np.ndarray]], like: np.ndarray) -> np.ndarray:
+    """Puts values of examples where a row has their targets: the inverse of `split_targets`.
 
     Args:
         row: one row, without the axis R.
-        values: [M] one value for each target.
+        values: for each of the row's examples, in order, one array `[tokens, ...]` for each of its responses.
+        like: one such array, for rows without examples.
+
+    Returns:
+        [M, ...], zeros where the row lists no target.
+    """
+    K = row.valid.shape[1]
+    joined = np.zeros((row.target_slot.size, *like.shape[1:]), like.dtype)
+    for e, responses in enumerate(values):
+        for k, response in enumerate(responses):
+            joined[row.target_slot == 1 + e * K + k] = response
+    return joined
+
+
+def split_targets(row: Batch, values: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+    """Hands a row's per-target values back to its examples.
+
+    Args:
+        row: one row, without the axis R.
+        values: [M, ...] one value for each target.
 
     Returns:
         For each of the row's examples, in order, one array for each of its responses.
@@ -230,7 +252,7 @@ def split_targets(row: Batch, values: np.ndarray) -> list[tuple[np.ndarray, ...]
 class _Row:
     """The arrays of a row while it is filled."""
 
-    def __init__(self, shape: RowShape, with_reference: bool, with_weights: bool):
+    def __init__(self, shape: RowShape, with_weights: bool):
         T, M, G, K = shape.tokens, shape.targets, shape.trees, shape.responses
         self.shape = shape
         self.tree_arrays = np.zeros((4, T), np.int32)
@@ -241,7 +263,6 @@ class _Row:
         self.pairs = np.zeros((shape.pairs, 2), np.int32)
         self.response_end = np.full((G, K), -1, np.int32)
         self.example_id = np.full((G,), -1, np.int32)
-        self.reference = np.zeros((M,), np.float32) if with_reference else None
         self.weight = np.ones((G,), np.float32) if with_weights else None
         self.used_tokens = self.used_targets = self.used_pairs = self.used_groups = 0
 
@@ -258,9 +279,7 @@ class _Row:
             self.pairs[self.used_pairs : end] = 1 + e * K + np.asarray(pairs)
         self.used_pairs = end
 
-    def add_segments(
-        self, e: int, tree: TokenTree, segments: list[Segment], logps: Sequence[np.ndarray] | None
-    ) -> None:
+    def add_segments(self, e: int, tree: TokenTree, segments: list[Segment]) -> None:
         prompt_length, prompt_end = tree.prompt.size, -1
         for copy, k in segments:
             tokens = tree.prompt if k == 0 else tree.responses[k - 1]
@@ -276,13 +295,10 @@ class _Row:
                 prompt_end = end - 1
                 continue
             self.response_end[e, k - 1] = end - 1
-            values = None if logps is None else logps[k - 1]
-            self._add_targets(1 + e * self.shape.responses + k - 1, tokens, prompt_end, start, values)
+            self._add_targets(1 + e * self.shape.responses + k - 1, tokens, prompt_end, start)
         self.used_groups += 1 + max(segment.copy for segment in segments)
 
-    def _add_targets(
-        self, slot: int, tokens: np.ndarray, prompt_end: int, start: int, logps: np.ndarray | None
-    ) -> None:
+    def _add_targets(self, slot: int, tokens: np.ndarray, prompt_end: int, start: int) -> None:
         begin, end = self.used_targets, self.used_targets + tokens.size
         _check_room("targets", end, self.shape.targets)
         source, token, slots = self.targets
@@ -290,8 +306,6 @@ class _Row:
         source[begin + 1 : end] = np.arange(start, start + tokens.size - 1)
         token[begin:end] = tokens
         slots[begin:end] = slot
-        if self.reference is not None:
-            self.reference[begin:end] = logps
         self.used_targets = end
 
     def finish(self) -> Batch:
@@ -315,7 +329,6 @@ class _Row:
             pairs=self.pairs,
             response_end=self.response_end,
             example_id=self.example_id,
-            reference_logps=self.reference,
             weight=self.weight,
         )
 

@@ -68,7 +68,7 @@ def per_row(
         mesh: the devices.
         advance: told (steps done, tokens of the step), for a progress bar.
     """
-    once = dataclasses.replace(dataset.once(), reference_logps=None, weights=None)
+    once = dataclasses.replace(dataset.once(), reference_logps=None, weights=None, hidden=None)
     compiled = _compile(function, mesh)
     with jax.set_mesh(mesh):
         for step, batch in batches(once, start_step=0, micro_batches=1):

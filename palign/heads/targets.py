@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from palign.sharding.mesh import ROWS, over_rows
 from palign.types import Array, Batch, Unembedding
 
 PADDED_LOGIT = -1e30  # of vocabulary entries that are padding: finite, so that differences are 0 and not NaN
@@ -20,6 +21,25 @@ class Tower(NamedTuple):
 
     hidden: Array
     unembedding: Unembedding
+
+
+def hidden_from_targets(cached: Array, batch: Batch) -> Array:
+    """Hidden states where the targets of a batch read them, from those that were cached for each target.
+
+    Args:
+        cached: `[R, M, D]`.
+        batch: its target table says in which columns they belong; targets that share a column share the state.
+
+    Returns:
+        `[R, T, D]`, zeros where no target reads.
+    """
+    length = batch.token.shape[1]
+    columns = jnp.where(batch.target_slot > 0, batch.target_source, length)
+
+    def place(cached: Array, columns: Array) -> Array:
+        return jnp.zeros((length, cached.shape[1]), cached.dtype).at[columns].set(cached, mode="drop")
+
+    return over_rows(jax.vmap(place), (ROWS, ROWS), ROWS)(cached, columns)
 
 
 class Static(NamedTuple):

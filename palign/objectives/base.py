@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from palign.heads.target_values import TokenValues, target_logps
-from palign.heads.targets import Tower
+from palign.heads.targets import Tower, hidden_from_targets
 from palign.models.protocol import LanguageModel, Params
 from palign.objectives.per_target import values_per_target
 from palign.types import Array, Batch, Mean, Terms
@@ -209,22 +209,25 @@ def run_forward(
     The reference's log-probabilities come from the batch when they are cached there, else from `aux["reference"]`.
     """
     tower = Tower(lm.hidden(params, batch), lm.unembed(params))
-    towers = {role: _frozen_tower(lm, aux[role], batch) for role in sorted(needs.frozen)}
+    towers = {role: _frozen_tower(lm, params, aux, role, batch) for role in sorted(needs.frozen)}
     tokens: TokenValues | None = None
     per_target: dict[str, Array] = {}
     if needs.logps or needs.per_target:
         tokens, per_target = values_per_target(tower, towers, batch, needs.per_target, chunk=chunk)
     reference_logps = batch.reference_logps if needs.reference else None
     if needs.reference and reference_logps is None:
-        reference_tower = towers.get(REFERENCE) or _frozen_tower(lm, aux[REFERENCE], batch)
+        reference_tower = towers.get(REFERENCE) or _frozen_tower(lm, params, aux, REFERENCE, batch)
         reference_logps = jax.lax.stop_gradient(target_logps(*reference_tower, batch, chunk=chunk))
     values = _values(lm, params, tower.hidden, batch) if needs.values else None
     return Forward(tower, towers, tokens, per_target, reference_logps, values, chunk)
 
 
-def _frozen_tower(lm: LanguageModel, params: Params, batch: Batch) -> Tower:
-    params = jax.lax.stop_gradient(params)
-    return Tower(jax.lax.stop_gradient(lm.hidden(params, batch)), lm.unembed(params))
+def _frozen_tower(lm: LanguageModel, params: Params, aux: Mapping[str, Any], role: str, batch: Batch) -> Tower:
+    """A frozen model at the head; where its hidden states are cached, `aux` holds the kernel of its logits alone."""
+    frozen = jax.lax.stop_gradient(aux[role])
+    if batch.hidden is not None and role in batch.hidden:
+        return Tower(hidden_from_targets(batch.hidden[role], batch), lm.unembed(params)._replace(kernel=frozen))
+    return Tower(jax.lax.stop_gradient(lm.hidden(frozen, batch)), lm.unembed(frozen))
 
 
 def _values(lm: LanguageModel, params: Params, hidden: Array, batch: Batch) -> Array:

@@ -23,11 +23,11 @@ from palign.objectives.readings import WEIGHTS, policy_sums, reference_sums
 from palign.objectives.registry import find_method, needs_of, resolve_methods
 from palign.sharding.mesh import make_mesh, num_row_shards, to_global
 from palign.sharding.rules import parameter_shardings
+from palign.train.cached import cache_hidden, cache_reference
 from palign.train.matching import match_prompts
 from palign.train.metrics import add, to_floats
 from palign.train.optimizer import make_optimizer
 from palign.train.prepare import Prepared, has_preference, prepare, with_vocabulary
-from palign.train.reference import cache_reference
 from palign.train.sources import CONFIG, Source, find_source, load_policy, load_source, without_value_head
 from palign.train.state import TrainState, init_state, state_shardings
 from palign.train.step import make_eval_step, make_train_step
@@ -153,11 +153,16 @@ def assemble(
         data = match_prompts(data, trunk, reference, mesh, workdir, seed=config.data.seed)
     if cached:
         data = _with_cached_reference(config, workdir, mesh, trunk, data, sources[REFERENCE])
+    aux_places = dict.fromkeys(aux, places)
+    if settings.teachers == "cached":
+        for role in sorted(objective.frozen):
+            data = _with_cached_hidden(role, workdir, mesh, trunk, data, aux[role])
+            aux[role] = jax.jit(lambda params: trunk.unembed(params).kernel)(aux[role])
+            aux_places[role] = aux[role].sharding
     tx = make_optimizer(config.optimizer, data.train.num_steps)
     start = load_policy(sources["init"], config, mesh) if "init" in sources else None
     state = init_state(mesh, lm, tx, seed=config.train.seed, params=start, init_carry=objective.init_carry)
     shardings = state_shardings(mesh, lm, tx, objective.init_carry)
-    aux_places = dict.fromkeys(aux, places)
     train_step = make_train_step(objective, tx, mesh, shardings, aux_places)
     eval_step = make_eval_step(objective, mesh, shardings.params, aux_places)
     return Run(config, workdir, mesh, lm, data, objective, aux, shardings, train_step, eval_step), state
@@ -200,6 +205,7 @@ def check_config(config: RunConfig) -> None:
         raise ValueError(f"config.model.value_head = 0: {methods} trains a value head; use 1 for a reward model")
     if config.model.value_head and not needs.values:
         raise ValueError(f"config.model.value_head has no effect on {methods}; use 0")
+    _check_teachers(config, needs.frozen)
     _check_rollout(config)
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 1)  # the tokenizer's, not known yet
     make_objective(
@@ -210,6 +216,19 @@ def check_config(config: RunConfig) -> None:
         cached_reference=settings.reference == "cached",
         diagnosis=diagnosis_of(settings),
     )
+
+
+def _check_teachers(config: RunConfig, frozen: frozenset[str]) -> None:
+    if config.objective.teachers == "live":
+        return
+    if not frozen:
+        methods = ", ".join(config.objective.loss_type)
+        raise ValueError(f"config.objective.teachers = 'cached' has no effect: {methods} reads no frozen logits")
+    if config.rollout.every:
+        raise ValueError(
+            "config.objective.teachers = 'cached': the responses are the policy's own (config.rollout.every = "
+            f"{config.rollout.every}) and not known before training; use 'live'"
+        )
 
 
 def _check_rollout(config: RunConfig) -> None:
@@ -269,6 +288,17 @@ def _with_cached_reference(config, workdir, mesh, lm, data: Prepared, source: So
     def cache(name: str, dataset: Dataset) -> Dataset:
         return cache_reference(dataset, name, lm, params, mesh, workdir, chunk=config.objective.head_chunk)
 
+    return _with_each(data, cache)
+
+
+def _with_cached_hidden(role: str, workdir, mesh, lm, data: Prepared, params: Any) -> Prepared:
+    def cache(name: str, dataset: Dataset) -> Dataset:
+        return cache_hidden(dataset, name, role, lm, params, mesh, workdir)
+
+    return _with_each(data, cache)
+
+
+def _with_each(data: Prepared, cache: Callable[[str, Dataset], Dataset]) -> Prepared:
     evals = {name: cache(name, dataset) for name, dataset in data.evals.items()}
     return data._replace(train=cache("train", data.train), evals=evals)
 
