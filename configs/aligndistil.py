@@ -2,17 +2,39 @@
 
 python -m palign.cli.train --config=configs/aligndistil.py --config.data.path=FILE --workdir=runs/aligndistil
 
-The last stage starts from the SFT model and learns the chosen responses' distributions under
-`z_dpo + alpha_t (z_dpo - z_reverse)`, alpha_t adapted to the distance of the two at every token (arXiv 2503.02832).
+The last stage starts from the SFT model and learns, at every token, the distribution of
+`z_dpo + alpha_t (z_dpo - z_reverse)`, alpha_t adapted to the distance of the two (arXiv 2503.02832): on the chosen
+responses with the teachers' hidden states cached, with `configs/aligndistil.py:on_policy` on the policy's own, drawn
+anew every step, and with `configs/aligndistil.py:official` as the authors' off-policy code computes it.
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from palign.config.load import ordered
 
+# What tells the three forms of the last stage apart; scale 20 and 30 are the authors' 10 and 15, which have no 1/2.
+FORMS: dict[str, dict[str, Any]] = {
+    "off_policy": dict(
+        data=dict(records="best_response"),
+        objective=dict(loss_type=("aligndistil",), beta0=0.1, scale=20.0, teachers="cached"),
+    ),
+    "on_policy": dict(
+        objective=dict(loss_type=("aligndistil",), beta0=0.1, scale=30.0),
+        rollout=dict(every=1, max_new_tokens=128, temperature=1.0),
+    ),
+    "official": dict(
+        data=dict(records="best_response"),
+        objective=dict(loss_type=("aligndistil_official",), beta0=0.1, scale=10.0, teachers="cached"),
+    ),
+}
 
-def get_config() -> ConfigDict:
+
+def get_config(form: str = "off_policy") -> ConfigDict:
     """The stages' recipe of the paper at the size of a laptop: Adam (0.9, 0.95), no decay, cosine to a tenth."""
+    if form not in FORMS:
+        raise ValueError(f"configs/aligndistil.py:{form}: expected one of {', '.join(FORMS)}")
     preference = dict(loss_type=("dpo",), beta=0.1, reference="cached")
     return ConfigDict(
         dict(
@@ -32,13 +54,7 @@ def get_config() -> ConfigDict:
                 reverse=dict(
                     init_from="sft", reference_from="sft", objective=preference, data=dict(records="reversed")
                 ),
-                aligndistil=dict(
-                    init_from="sft",
-                    teacher_from="dpo",
-                    reverse_from="reverse",
-                    data=dict(records="best_response"),
-                    objective=dict(loss_type=("aligndistil",), beta0=0.1, scale=20.0),
-                ),
+                aligndistil=dict(init_from="sft", teacher_from="dpo", reverse_from="reverse", **FORMS[form]),
             ),
         )
     )

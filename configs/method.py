@@ -90,6 +90,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "aligndistil": TEACHERS,
     "aligndistil_constant": TEACHERS,
     "aligndistil_capped": TEACHERS,
+    "aligndistil_official": TEACHERS,
     "aligndistil_contrastive": dict(reads=("teacher", "reverse"), objective=dict(beta=0.1)),
     "aligndistil_theorem1": dict(reads=("teacher", "reference"), objective=dict(beta=0.1), live=True),
 }

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from palign.heads.target_values import TokenValues, values_at_targets
 from palign.heads.weighted_sum import weighted_sum
 from palign.losses import implicit_rewards
-from palign.objectives.base import Memory, Method, Reading, Statistic, by_slot, lengths_by_slot, mean_over, union
+from palign.objectives.base import Memory, Method, Reading, Statistic, by_slot, mean_over, sum_by_slot, union
 from palign.objectives.readings import (
     AVERAGE,
     GRADED,
@@ -28,6 +28,7 @@ from palign.objectives.readings import (
     approval,
     best_and_worst,
     mismatched,
+    places_in_response,
     policy_averages,
     policy_sums,
     reference_sums,
@@ -126,6 +127,14 @@ def token_distillation(loss: Callable, *frozen: str) -> Method:
 def sequence_distillation(loss: Callable, *frozen: str) -> Method:
     """Like `distillation`, but the mean over a response's tokens first, then over responses."""
     return Method(loss, _sequence_distillation_term, num_responses, frozen=frozen)
+
+
+def sequence_distillation_after_the_first(loss: Callable, *frozen: str) -> Method:
+    """Like `sequence_distillation`, but without each response's first token, as the official AlignDistil code has it.
+
+    The mean is over the other tokens; a response of one token adds nothing and is counted.
+    """
+    return Method(loss, _sequence_distillation_after_the_first_term, num_responses, frozen=frozen)
 
 
 def batch_value(function: Callable, *reads: Reading) -> Statistic:
@@ -287,9 +296,18 @@ def _token_distillation_term(method, forward, batch, hyper, given):
 
 
 def _sequence_distillation_term(method, forward, batch, hyper, given):
-    weights = jnp.take_along_axis(1.0 / lengths_by_slot(batch), batch.target_slot, axis=1)
-    weights = jnp.where(scored_targets(batch), weights, 0.0)
-    return _distil(method, forward, batch, _of_logits(method, hyper), weights)
+    return _distil(method, forward, batch, _of_logits(method, hyper), _of_response(scored_targets(batch), batch))
+
+
+def _sequence_distillation_after_the_first_term(method, forward, batch, hyper, given):
+    later = scored_targets(batch) & (places_in_response(batch) > 0)
+    return _distil(method, forward, batch, _of_logits(method, hyper), _of_response(later, batch))
+
+
+def _of_response(targets, batch):
+    """Weights that make a mean over each response's own among those targets."""
+    counts = jnp.maximum(sum_by_slot(targets.astype(jnp.float32), batch), 1.0)
+    return jnp.where(targets, jnp.take_along_axis(1.0 / counts, batch.target_slot, axis=1), 0.0)
 
 
 def _of_logits(method, hyper):

@@ -174,19 +174,24 @@ def column(reading: Reading) -> Reading:
     return reading._replace(read=lambda forward, batch, view: reading.read(forward, batch, view)[..., None])
 
 
+def places_in_response(batch: Batch) -> Array:
+    """Which token of its response each target is, from 0: `[R, M]`."""
+    slots, columns = batch.target_slot, jnp.arange(batch.target_slot.shape[1])
+    num_slots = 1 + batch.valid.shape[1] * batch.valid.shape[2]
+    first = jax.vmap(lambda slot: jax.ops.segment_min(columns, slot, num_segments=num_slots))(slots)
+    return columns[None] - jnp.take_along_axis(first, slots, axis=1)
+
+
 def _split_at_the_shorter(logps: Array, batch: Batch) -> tuple[Array, Array]:
     """Sums over the tokens that both responses of a pair are long enough for, and over the rest: two `[R * P, 2]`.
 
     What is shared depends on the pair, not on the response: one response of a list stands in several.
     """
-    slots, columns = batch.target_slot, jnp.arange(batch.target_slot.shape[1])
-    num_slots = 1 + batch.valid.shape[1] * batch.valid.shape[2]
-    first = jax.vmap(lambda slot: jax.ops.segment_min(columns, slot, num_segments=num_slots))(slots)
-    index = columns[None] - jnp.take_along_axis(first, slots, axis=1)  # [R, M], of a target in its response
+    slots = batch.target_slot
     lengths = _take_pairs(sum_by_slot(jnp.ones(slots.shape, jnp.float32), batch), batch)
     shorter = lengths.min(-1).reshape(*batch.pairs.shape[:2], 1, 1)
     own = (slots[:, None, None, :] == batch.pairs[..., None]) & (batch.pairs[..., None] > 0)
-    inside = index[:, None, None, :] < shorter
+    inside = places_in_response(batch)[:, None, None, :] < shorter
     values = logps[:, None, None, :]
     shared, tail = (jnp.sum(jnp.where(own & part, values, 0.0), axis=-1) for part in (inside, ~inside))
     return shared.reshape(-1, 2), tail.reshape(-1, 2)

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from palign import losses
 from palign.config.schema import ObjectiveConfig
 from palign.data.tokenize import TokenTree
+from palign.heads.target_values import target_values
+from palign.heads.targets import Tower
 from palign.objectives import methods
 from palign.objectives.base import hyper_defaults, lengths_by_slot, sum_by_slot
 from palign.objectives.compose import make_objective, total_loss
@@ -136,3 +139,30 @@ def test_every_method_has_hyper_parameters_that_a_keyword_names():
     for method in METHODS.values():
         kinds = {p.kind for p in inspect.signature(method.loss).parameters.values()}
         assert kinds <= {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_the_official_aligndistil_leaves_out_each_response_s_first_token_and_the_right_one_does_not():
+    lm, params, other = tiny_model()
+    aux = {"teacher": other, "reverse": jax.tree.map(lambda x: 0.9 * x, other)}
+    batch = make_batch(random_trees(3, 4))
+    slots = np.asarray(batch.target_slot)
+    first = np.zeros(slots.shape, bool)
+    for row in range(slots.shape[0]):
+        for slot in np.unique(slots[row][slots[row] > 0]):
+            first[row, np.flatnonzero(slots[row] == slot)[0]] = True
+    # A sum over tokens by hand, from the heads' values at every target.
+    towers = [Tower(lm.hidden(p, batch), lm.unembed(p)) for p in (params, aux["teacher"], aux["reverse"])]
+
+    def at_targets(token, *logits):
+        return losses.aligndistil(*logits, beta0=0.1, scale=4.0)
+
+    values = np.float64(target_values(at_targets, tuple(towers), batch, chunk=16))
+    for name, scale, keep in (("aligndistil", 4.0, slots > 0), ("aligndistil_official", 2.0, (slots > 0) & ~first)):
+        objective = make_objective(lm, [name], hyper={"scale": scale}, chunk=16)
+        total, _ = evaluate_objective(objective, params, aux, batch)
+        means = []
+        for row in range(slots.shape[0]):
+            for slot in np.unique(slots[row][slots[row] > 0]):
+                of_response = keep[row] & (slots[row] == slot)
+                means.append(values[row, of_response].mean() if of_response.any() else 0.0)
+        np.testing.assert_allclose(total, np.mean(means), rtol=1e-5)

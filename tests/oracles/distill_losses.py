@@ -61,6 +61,12 @@ def aligndistil(student, dpo, reverse, beta0, scale, epsilon):
     return beta0 / alpha(dpo, reverse, scale, epsilon) * adaptive_kl(student, dpo, reverse, scale, epsilon)
 
 
+def aligndistil_official(student, dpo, reverse, beta0, scale, epsilon):
+    distance = sum(abs(p - n) for p, n in zip(softmax(dpo), softmax(reverse), strict=True))
+    a = scale * distance + epsilon
+    return beta0 / a * kl(student, combine(dpo, reverse, 1 + a, -a))
+
+
 def aligndistil_constant(student, dpo, reverse, beta0, scale, epsilon=1e-3):
     return beta0 * adaptive_kl(student, dpo, reverse, scale, epsilon)
 

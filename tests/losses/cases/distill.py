@@ -76,6 +76,12 @@ CASES: tuple[Case, ...] = (
     _over_logits(losses.aligndistil_theorem1, distill_losses.theorem1, 3, {"beta": 0.04, "beta0": 0.1}),
     _over_logits(losses.aligndistil_contrastive, distill_losses.contrastive, 3, {"beta": 0.05, "beta0": 0.1}),
     _over_logits(losses.aligndistil, distill_losses.aligndistil, 3, {"beta0": 0.2, "scale": 10.0, "epsilon": 2e-3}),
+    _over_logits(
+        losses.aligndistil_official,
+        distill_losses.aligndistil_official,
+        3,
+        {"beta0": 0.2, "scale": 5.0, "epsilon": 2e-3},
+    ),
     _over_logits(losses.aligndistil_constant, distill_losses.aligndistil_constant, 3, {"beta0": 0.2, "scale": 5.0}),
     _over_logits(losses.aligndistil_capped, distill_losses.aligndistil_capped, 3, {"beta0": 0.2, "cap": 0.05}),
     _ranking(losses.pld, _with_labels, _extreme_with_labels, temperature=1.5),
