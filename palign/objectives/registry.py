@@ -136,8 +136,8 @@ METHODS: dict[str, Method] = {
     "aligndistil": sequence_distillation(losses.aligndistil, TEACHER, REVERSE),
     "aligndistil_constant": sequence_distillation(losses.aligndistil_constant, TEACHER, REVERSE),
     "aligndistil_capped": sequence_distillation(losses.aligndistil_capped, TEACHER, REVERSE),
-    "aligndistil_contrastive": sequence_distillation(losses.aligndistil_contrastive, TEACHER, REVERSE),
     "aligndistil_official": sequence_distillation_after_the_first(losses.aligndistil_official, TEACHER, REVERSE),
+    "aligndistil_contrastive": sequence_distillation(losses.aligndistil_contrastive, TEACHER, REVERSE),
     "aligndistil_theorem1": sequence_distillation(losses.aligndistil_theorem1, TEACHER, REFERENCE),
 }
 
