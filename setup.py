@@ -20,6 +20,7 @@ TRAIN = [
     "tokenizers>=0.22",
     "jinja2>=3.1.6",
     "rich>=13",
+    "scipy>=1.14",
     "matplotlib>=3.9",
     "tensorboardX>=2.6.4",
 ]

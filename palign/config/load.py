@@ -14,12 +14,14 @@ import pathlib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_collections
 
 from palign.config.renamed import RENAMED
 from palign.config.schema import ObjectiveConfig, Recipe, RunConfig
+
+T = TypeVar("T")
 
 FREE_KEYS: dict[Any, str] = {ObjectiveConfig: "hyper"}  # classes with a field that takes every key which is not a field
 
@@ -38,10 +40,15 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ValueError: one line with the key, what was expected, and the nearest match.
     """
+    return resolve_recipe(load_plain(path, overrides), name=pathlib.Path(path.partition(":")[0]).stem)
+
+
+def load_plain(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads a config file and applies `a.b=c` overrides; arguments and errors are those of `load_recipe`."""
     config = _run_file(path).to_dict()
     for override in overrides:
         _apply(config, override)
-    return resolve_recipe(config, name=pathlib.Path(path.partition(":")[0]).stem)
+    return config
 
 
 def ordered(**stages: Any) -> ml_collections.ConfigDict:
@@ -74,7 +81,12 @@ def in_stage(name: str, stages: Mapping[str, Any]) -> Iterator[None]:
 
 def resolve_run(config: Mapping[str, Any]) -> RunConfig:
     """Resolves nested plain values into a `RunConfig`, checking every key, type and range."""
-    return _resolve(RunConfig, config, "config")
+    return resolve_as(RunConfig, config)
+
+
+def resolve_as(cls: type[T], config: Mapping[str, Any]) -> T:
+    """Resolves nested plain values into a config dataclass, checking every key, type and range."""
+    return _resolve(cls, config, "config")
 
 
 def to_plain(config: Any) -> Any:

@@ -27,9 +27,14 @@ def as_dataset(trees: Sequence[TokenTree], *, row_length: int, rows_per_step: in
     return Dataset(trees, shape, plan, "best_worst", "packed", 0)
 
 
+def token_logps(lm: LanguageModel, params: Any, dataset: Dataset, mesh: Mesh) -> list[tuple[np.ndarray, ...]]:
+    """Log-probability of every token of every response, nats: for each example K arrays `[tokens]`."""
+    return per_target(dataset, _logps(lm), params, mesh)
+
+
 def sequence_logps(lm: LanguageModel, params: Any, dataset: Dataset, mesh: Mesh) -> list[np.ndarray]:
     """Log-probability of every response, nats: one array `[K]` for each example."""
-    return [_sums(tree) for tree in per_target(dataset, _logps(lm), params, mesh)]
+    return [_sums(tree) for tree in token_logps(lm, params, dataset, mesh)]
 
 
 def sequence_kl(lm: LanguageModel, params: Any, reference: Any, dataset: Dataset, mesh: Mesh) -> list[np.ndarray]:

@@ -8,12 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from palign.data import world
-from palign.data.tokenize import TokenTree
-from palign.eval.score import as_dataset, ranked_right, sequence_kl, sequence_logps
+from palign.eval.score import ranked_right, sequence_logps
 from palign.eval.winrate import Interval, mean_interval, ranking_accuracy, wilson_interval, win_rate
-from palign.generate.texts import Generation, generate
-from palign.sharding.mesh import make_mesh
-from palign.train.checkpoint import FOLDER
+from palign.recipes.world_runs import Drawn, as_rows, checkpoint_steps, draw, golds, kl_of_samples, one_device, trees
 from palign.train.metrics import Reporter, read_metrics
 from palign.train.sources import Loaded, load_run
 
@@ -43,30 +40,29 @@ class _Held(NamedTuple):
     sft: Loaded
     baseline: np.ndarray  # gold of SFT's samples
     pairs: Any  # two more samples of SFT for every prompt
-    pair_gold: list[list[float]]
-    max_new_tokens: int
+    pair_gold: np.ndarray
 
 
 def score_models(
-    workdir: pathlib.Path, places: Mapping[str, pathlib.Path], prompts: Sequence[str], max_new_tokens: int
+    workdir: pathlib.Path, places: Mapping[str, pathlib.Path], prompts: Sequence[str]
 ) -> dict[str, Scores]:
     """Scores SFT, SFT against itself, and every method; keeps the numbers in `scores.json`."""
     sft = load_run(str(places["sft"]))
-    checkpoints = sum(len(_steps(place)) for name, place in places.items() if name != "sft")
+    checkpoints = sum(len(checkpoint_steps(place)) for name, place in places.items() if name != "sft")
     total = (len(places) + 2) * len(prompts) + checkpoints * min(TRAJECTORY_PROMPTS, len(prompts))
     with Reporter("evaluation", total) as progress:
         ticker = _Ticker(progress)
-        first = _draw(sft, prompts, 1, 10, max_new_tokens, ticker)
-        two = _draw(sft, prompts, 2, 11, max_new_tokens, ticker)
-        trees = [_tree(sft, p, row, i) for i, (p, row) in enumerate(zip(prompts, two, strict=True))]
-        held = _Held(prompts, sft, _gold(prompts, first), _dataset(trees), _golds(prompts, two), max_new_tokens)
+        first = _draw(sft, prompts, 1, 10, ticker)
+        two = _draw(sft, prompts, 2, 11, ticker)
+        pairs = as_rows(trees(sft, prompts, two))
+        held = _Held(prompts, sft, golds(prompts, first)[:, 0], pairs, golds(prompts, two))
         scores = {"sft": _score(held, sft, places["sft"], first)}
-        again = _draw(sft, prompts, 1, 12, max_new_tokens, ticker)
+        again = _draw(sft, prompts, 1, 12, ticker)
         scores[CONTROL] = _score(held, sft, places["sft"], again)
         for name, place in places.items():
             if name != "sft":
                 loaded = load_run(str(place))
-                drawn = _draw(loaded, prompts, 1, 13, max_new_tokens, ticker)
+                drawn = _draw(loaded, prompts, 1, 13, ticker)
                 scores[name] = _score(held, loaded, place, drawn)._replace(trajectory=_trajectory(held, place, ticker))
     (workdir / "scores.json").write_text(json.dumps({k: v._replace(texts=()) for k, v in scores.items()}, indent=1))
     return scores
@@ -93,34 +89,24 @@ class _Pass(NamedTuple):
         self.progress.advance(self.start + done, amount)
 
 
-def _draw(loaded, prompts, samples, seed, max_new_tokens, ticker) -> list[list[Generation]]:
-    return generate(
-        loaded.lm,
-        loaded.params,
-        loaded.tokenizer,
-        prompts,
-        samples=samples,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-        batch_size=128,
-        progress=ticker.over(len(prompts)),
-    )
+def _draw(loaded: Loaded, prompts: Sequence[str], samples: int, seed: int, ticker: _Ticker) -> Drawn:
+    return draw(loaded, prompts, samples=samples, seed=seed, progress=ticker.over(len(prompts)))
 
 
-def _score(held: _Held, loaded: Loaded, place: pathlib.Path, drawn: list[list[Generation]]) -> Scores:
-    gold = _gold(held.prompts, drawn)
+def _score(held: _Held, loaded: Loaded, place: pathlib.Path, drawn: Drawn) -> Scores:
+    gold = golds(held.prompts, drawn)[:, 0]
     texts = tuple(row[0].text.strip() for row in drawn)
-    logps = sequence_logps(loaded.lm, loaded.params, held.pairs, _mesh())
+    logps = sequence_logps(loaded.lm, loaded.params, held.pairs, one_device())
     valid = sum(world.is_grammatical(text) for text in texts)
     rates = [line["tokens_per_second"] for line in read_metrics(place) if "tokens_per_second" in line]
     return Scores(
         gold=mean_interval(gold),
         win_rate=win_rate(gold, held.baseline),
-        kl=mean_interval(_kl(held, loaded, held.prompts, drawn)),
+        kl=mean_interval(kl_of_samples(loaded, held.sft, held.prompts, drawn)),
         valid=wilson_interval(valid, len(texts)),
         length=mean_interval([len(text.split()) for text in texts]),
         distinct=len(set(texts)) / len(texts),
-        ranking=ranking_accuracy(*ranked_right(logps, held.pair_gold)),
+        ranking=ranking_accuracy(*ranked_right(logps, held.pair_gold.tolist())),
         tokens_per_second=rates[-1] if rates else float("nan"),
         trajectory=(),
         texts=texts,
@@ -131,43 +117,9 @@ def _trajectory(held: _Held, place: pathlib.Path, ticker) -> tuple[tuple[float, 
     """(KL, gold) of the checkpoints on the way, from the SFT model on."""
     prompts = held.prompts[:TRAJECTORY_PROMPTS]
     points = [(0.0, float(held.baseline.mean()))]
-    for step in _steps(place):
+    for step in checkpoint_steps(place):
         loaded = load_run(f"{place}@{step}")
-        drawn = _draw(loaded, prompts, 1, 13, held.max_new_tokens, ticker)
-        points.append((float(np.mean(_kl(held, loaded, prompts, drawn))), float(_gold(prompts, drawn).mean())))
+        drawn = _draw(loaded, prompts, 1, 13, ticker)
+        kl = kl_of_samples(loaded, held.sft, prompts, drawn)
+        points.append((float(kl.mean()), float(golds(prompts, drawn).mean())))
     return tuple(points)
-
-
-def _steps(place: pathlib.Path) -> list[int]:
-    return sorted(int(d.name) for d in (place / FOLDER).iterdir() if d.name.isdigit())
-
-
-def _kl(held: _Held, loaded: Loaded, prompts, drawn) -> np.ndarray:
-    trees = [_tree(loaded, p, row, i) for i, (p, row) in enumerate(zip(prompts, drawn, strict=True))]
-    sums = sequence_kl(loaded.lm, loaded.params, held.sft.params, _dataset(trees), _mesh())
-    return np.asarray([values[0] for values in sums])
-
-
-def _tree(loaded: Loaded, prompt: str, row: list[Generation], index: int) -> TokenTree:
-    """The ids as they were drawn: never decoded and tokenised again."""
-    start = [] if loaded.tokenizer.bos_id is None else [loaded.tokenizer.bos_id]
-    ids = np.asarray(start + loaded.tokenizer.encode(prompt), np.int32)
-    return TokenTree(ids, tuple(sample.ids for sample in row), (0.0,) * len(row), index)
-
-
-def _dataset(trees):
-    return as_dataset(trees, row_length=512, rows_per_step=8, block=32)
-
-
-def _mesh():
-    import jax
-
-    return make_mesh(data=1, devices=jax.devices()[:1])
-
-
-def _golds(prompts, drawn) -> list[list[float]]:
-    return [[world.gold_reward(p, s.text.strip()) for s in row] for p, row in zip(prompts, drawn, strict=True)]
-
-
-def _gold(prompts, drawn) -> np.ndarray:
-    return np.asarray([row[0] for row in _golds(prompts, drawn)])

@@ -128,6 +128,40 @@ class WinRate:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """A horizontal bar.
+
+    Attributes:
+        label: What is measured.
+        value: The figure.
+        low: Lower end of its interval, or None.
+        high: Upper end of its interval, or None.
+    """
+
+    label: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement, what became of it, and the numbers.
+
+    Attributes:
+        statement: In a sentence.
+        verdict: In a word or two.
+        numbers: The sentences that the verdict rests on, the deciding one first.
+        remark: What a reader should know besides.
+    """
+
+    statement: str
+    verdict: str
+    numbers: Sequence[str]
+    remark: str = ""
+
+
+@dataclass(frozen=True)
 class Output:
     """What one model answered, with its gold reward and validity where they are known."""
 
@@ -153,8 +187,11 @@ class RunReport:
         facts: Short facts under the heading, name to value.
         table: The main table.
         curves: Panel title -> series name -> (steps, values).
+        bands: Panel title -> series name -> (lower, upper ends), for those curves that have a band around them.
         frontier: Models in the picture of gold reward against KL.
         win_rates: Bars, in order.
+        bars: Panel title -> bars, in order.
+        claims: Statements with their verdicts.
         samples: Prompts with answers.
         notes: Sentences that a reader of the figures should know.
         config: The run's settings, shown as JSON.
@@ -164,8 +201,11 @@ class RunReport:
     facts: Mapping[str, Any] = field(default_factory=dict)
     table: Table | None = None
     curves: Mapping[str, Mapping[str, Curve]] = field(default_factory=dict)
+    bands: Mapping[str, Mapping[str, Curve]] = field(default_factory=dict)
     frontier: Sequence[FrontierPoint] = ()
     win_rates: Sequence[WinRate] = ()
+    bars: Mapping[str, Sequence[Bar]] = field(default_factory=dict)
+    claims: Sequence[Claim] = ()
     samples: Sequence[Sample] = ()
     notes: Sequence[str] = ()
     config: Any = None

@@ -12,7 +12,9 @@ from markupsafe import Markup
 
 from palign.report import plots
 from palign.report.contents import (
+    Bar,
     Cell,
+    Claim,
     Curve,
     FrontierPoint,
     Output,
@@ -25,7 +27,9 @@ from palign.report.contents import (
 from palign.report.svg import INK, MUTED, VARIABLES, colours, css_colour
 
 __all__ = [
+    "Bar",
     "Cell",
+    "Claim",
     "Curve",
     "FrontierPoint",
     "Output",
@@ -60,7 +64,8 @@ def render(report: RunReport) -> str:
     palette = _palette(report)
     return environment.get_template("report.html").render(
         report=report,
-        curves={title: Markup(svg) for title, svg in plots.learning_curves(report.curves, palette).items()},
+        curves={t: Markup(svg) for t, svg in plots.learning_curves(report.curves, palette, report.bands).items()},
+        bars={title: Markup(svg) for title, svg in plots.bar_charts(report.bars, palette).items()},
         frontier=Markup(plots.frontier(report.frontier, palette)) if report.frontier else "",
         win_rates=Markup(plots.win_rates(report.win_rates, palette)) if report.win_rates else "",
         tones={label: css_colour(colour) for label, colour in palette.items()},

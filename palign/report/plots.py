@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 
-from palign.report.contents import Curve, FrontierPoint, WinRate, is_number
+from palign.report.contents import Bar, Curve, FrontierPoint, WinRate, is_number
 from palign.report.svg import INK, MUTED, STYLE, colours, inline_svg, new_figure
 
 _WIDTH = 5.0  # inches
@@ -24,13 +24,16 @@ _DASHES = ("-", (0, (4, 2)), (0, (1, 1.6)))
 
 
 def learning_curves(
-    panels: Mapping[str, Mapping[str, Curve]], palette: Mapping[str, str] | None = None
+    panels: Mapping[str, Mapping[str, Curve]],
+    palette: Mapping[str, str] | None = None,
+    bands: Mapping[str, Mapping[str, Curve]] | None = None,
 ) -> dict[str, str]:
     """Draws one small picture per panel, all against steps.
 
     Args:
         panels: Panel title -> series name -> (steps, values). Values that are not finite leave gaps.
         palette: Series name -> colour; by order of appearance over all panels if None.
+        bands: Panel title -> series name -> (lower, upper ends) at the same steps, for the series that have them.
 
     Returns:
         Panel title -> SVG, in the same order.
@@ -47,6 +50,8 @@ def learning_curves(
                 marker = "o" if sum(map(is_number, values)) == 1 else None
                 style = {"linestyle": dashes[name], "marker": marker, "markersize": 4}
                 axes.plot(list(steps), list(values), color=palette.get(name, INK), **style)
+                if name in (band := (bands or {}).get(title, {})):
+                    axes.fill_between(list(steps), *band[name], color=palette.get(name, INK), alpha=0.12, linewidth=0)
             axes.set_xlabel("step")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -117,6 +122,50 @@ def win_rates(bars: Sequence[WinRate], palette: Mapping[str, str] | None = None,
         axes.set_xlabel(f"win rate against {baseline}, with 95% interval")
         description = f"Win rates against {baseline}: " + ", ".join(f"{b.label} {b.value:.1%}" for b in bars)
         return inline_svg(figure, "winrates", description)
+
+
+def bar_charts(panels: Mapping[str, Sequence[Bar]], palette: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Draws one picture per panel: horizontal bars from 0, with intervals, each with its name and figures above it.
+
+    Args:
+        panels: Panel title -> bars, from top to bottom. A bar without a finite value keeps its line and says so.
+        palette: Label -> colour; labels without one are drawn in the ink of text.
+
+    Returns:
+        Panel title -> SVG, in the same order.
+    """
+    drawn = {}
+    for i, (title, bars) in enumerate(panels.items()):
+        with matplotlib.rc_context(STYLE):
+            figure, axes = _axes(_WIDTH * 0.84, 0.34 * max(len(bars), 1) + 0.7, left=0.2, right=0.2)
+            ends = [x for bar in bars for x in (0.0, bar.value, bar.low, bar.high) if x is not None and is_number(x)]
+            axes.set_xlim(min(ends, default=0.0), max(ends, default=0.0) or 1.0)
+            axes.set_ylim(len(bars) - 0.25, -0.65)
+            for y, bar in enumerate(bars):
+                _bar_from_zero(axes, y, bar, (palette or {}).get(bar.label, MUTED))
+            axes.axvline(0, color=INK, linewidth=1, zorder=4)
+            axes.set_yticks([])
+            axes.spines["left"].set_visible(False)
+            axes.grid(visible=False, axis="y")
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            description = f"{title}: " + ", ".join(f"{bar.label} {bar.value:.3g}" for bar in bars)
+            drawn[title] = inline_svg(figure, f"bars-{i}", description)
+    return drawn
+
+
+def _bar_from_zero(axes: Axes, y: int, bar: Bar, colour: str) -> None:
+    left, right = axes.get_xlim()
+    axes.text(left, y - 0.28, bar.label, va="center", ha="left", fontsize=10)
+    if not is_number(bar.value):
+        axes.text(right, y - 0.28, "not measured", va="center", ha="right", fontsize=9, color=MUTED)
+        return
+    axes.barh(y + 0.15, bar.value, height=0.26, color=colour, alpha=0.85, zorder=2)
+    figures = f"{bar.value:.2f}"
+    if is_number(bar.low) and is_number(bar.high):
+        ends: Any = (bar.low, bar.high)
+        axes.plot(ends, [y + 0.15] * 2, color=INK, linewidth=1.4, marker="|", markersize=5, zorder=3)
+        figures += f"  [{bar.low:.2f}, {bar.high:.2f}]"
+    axes.text(right, y - 0.28, figures, va="center", ha="right", fontsize=9, color=MUTED)
 
 
 def _bar(axes: Axes, y: int, bar: WinRate, colour: str) -> None:

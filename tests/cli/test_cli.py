@@ -11,12 +11,13 @@ import pytest
 
 from palign.cli import app, evaluate, generate, train
 from palign.cli import demo as demo_command
+from palign.cli import study as study_command
 from palign.train import loop
 from palign.train.metrics import read_metrics
 from tests.recipes.tiny_runs import PLAIN, one_device, write_pairs
 
 ROOT = pathlib.Path(__file__).parents[2]
-COMMANDS = ("train", "generate", "evaluate", "demo", "annotate")
+COMMANDS = ("train", "generate", "evaluate", "demo", "annotate", "study")
 CONFIG = """
 from ml_collections import ConfigDict
 
@@ -147,6 +148,9 @@ def test_a_slip_in_training_is_one_line_that_names_it_and_exit_code_2(slip, plac
         (generate, ["--prompt=p"], "the following arguments are required: --workdir"),
         (evaluate, ["--workdir=nowhere"], "nowhere: not the workdir of a run"),
         (demo_command, ["--full", "--smoke"], "not allowed with argument"),
+        (study_command, ["--minutes=-1"], "--minutes=-1: expected 0 (no limit) or more"),
+        (study_command, ["--config=configs/study.py:medium"], "expected small, full or smoke"),
+        (study_command, ["--config.step=3"], "config.step: no such setting (did you mean 'steps'?)"),
     ],
 )
 def test_a_slip_in_another_command_is_one_line_and_exit_code_2(command, arguments, expected, capsys):

@@ -8,9 +8,10 @@ import pytest
 from palign.config.load import resolve_run, to_plain
 from palign.data import world
 from palign.eval.winrate import Interval
-from palign.recipes.quickstart import DEMO, FULL, SMOKE, base_config, preference_configs, quickstart, sft_config
+from palign.recipes.quickstart import DEMO, FULL, SMOKE, preference_configs, quickstart, sft_config
 from palign.recipes.quickstart_report import LABELS, make_table, write
 from palign.recipes.quickstart_scores import CONTROL, Scores
+from palign.recipes.world_runs import base_config
 from palign.train.build import check_config
 from tests.recipes.tiny_runs import one_device
 
