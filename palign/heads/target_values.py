@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from palign.heads.targets import (
+    AnyTower,
     Gradients,
     Tower,
     empty_values,
@@ -28,7 +29,7 @@ class TokenValues(NamedTuple):
     correct: Array  # [R, M] 1 where the target is the most likely token, else 0; no gradient
 
 
-def target_values(function: Callable, towers: tuple[Tower, ...], batch: Batch, *, chunk: int = 512) -> Any:
+def target_values(function: Callable, towers: tuple[AnyTower, ...], batch: Batch, *, chunk: int = 256) -> Any:
     """Evaluates `function(token [c], logits [c, V], *frozen_logits) -> [c]` at every listed target.
 
     The gradient goes to the first tower only, accepts any cotangent, and recomputes the logits chunk by chunk.
@@ -47,12 +48,12 @@ def target_values(function: Callable, towers: tuple[Tower, ...], batch: Batch, *
     return _target_values(static, operands, kernels)
 
 
-def target_logps(hidden: Array, unembedding: Any, batch: Batch, *, chunk: int = 512) -> Array:
+def target_logps(hidden: Array, unembedding: Any, batch: Batch, *, chunk: int = 256) -> Array:
     """Log-probabilities of the targets, `[R, M]` float32 nats, 0 where nothing is listed."""
     return target_values(logp_at_targets, (Tower(hidden, unembedding),), batch, chunk=chunk)
 
 
-def token_values(hidden: Array, unembedding: Any, batch: Batch, *, chunk: int = 512) -> TokenValues:
+def token_values(hidden: Array, unembedding: Any, batch: Batch, *, chunk: int = 256) -> TokenValues:
     """`target_logps` with the entropy and the hit rate beside it, for metrics."""
     return target_values(values_at_targets, (Tower(hidden, unembedding),), batch, chunk=chunk)
 
@@ -87,7 +88,7 @@ def _target_values_backward(static, saved, cotangent):
     dhidden, dkernel = run(*saved, cotangent)
     operands, kernels = saved
     frozen = (None,) * (len(kernels) - 1)
-    return operands._replace(source=None, token=None, slot=None, hidden=(dhidden, *frozen)), (dkernel, *frozen)
+    return operands._replace(column=None, token=None, slot=None, hidden=(dhidden, *frozen)), (dkernel, *frozen)
 
 
 _target_values.defvjp(_target_values_forward, _target_values_backward)
@@ -98,7 +99,7 @@ def _forward_rows(static, operands, kernels):
 
     def visit(i, out):
         chunk = read_chunk(static, walk, kernels, i)
-        return jax.tree.map(lambda o, v: o.at[chunk.index].set(v, mode="drop"), out, chunk.values(chunk.raw[0]))
+        return jax.tree.map(lambda o, v: o.at[chunk.index].set(v, mode="drop"), out, chunk.values(chunk.raw))
 
     out = jax.lax.fori_loop(0, trips(static, walk), visit, empty_values(static, walk, kernels))
     return jax.tree.map(lambda x: x.reshape(operands.slot.shape), out)
@@ -111,7 +112,7 @@ def _backward_rows(static, operands, kernels, cotangent):
     def visit(i, gradients):
         chunk = read_chunk(static, walk, kernels, i)
         at_chunk = jax.tree.map(lambda c: jnp.where(chunk.live, c[chunk.index], 0.0), cotangent)
-        (dlogits,) = jax.vjp(chunk.values, chunk.raw[0])[1](at_chunk)
+        (dlogits,) = jax.vjp(chunk.values, chunk.raw)[1](at_chunk)
         return gradients.add(walk, kernels, chunk, dlogits)
 
     gradients = jax.lax.fori_loop(0, trips(static, walk), visit, Gradients.zeros(walk, kernels))

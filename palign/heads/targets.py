@@ -2,6 +2,10 @@
 
 Only listed targets are visited: the rows of a device are put into one list, padding last, and the loops run
 ceil(count / chunk) times. Logits exist for one chunk at a time; nothing of R * T * V elements is ever formed.
+
+On a mesh with a tensor axis kernels and logits are cut along the vocabulary. What is said of a target stays a function
+of its whole row of logits: the compiler turns each reduction over the vocabulary into one over the device's part and an
+all-reduce of the `[c]` partial results, and the gradient of the hidden states into an all-reduce of `[c, D]`.
 """
 
 from collections.abc import Callable
@@ -10,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from palign.sharding.mesh import ROWS, over_rows
+from palign.sharding.mesh import ROWS, TENSOR_AXIS, over_rows, over_tensor
 from palign.types import Array, Batch, Unembedding
 
 PADDED_LOGIT = -1e30  # of vocabulary entries that are padding: finite, so that differences are 0 and not NaN
@@ -23,23 +27,17 @@ class Tower(NamedTuple):
     unembedding: Unembedding
 
 
-def hidden_from_targets(cached: Array, batch: Batch) -> Array:
-    """Hidden states where the targets of a batch read them, from those that were cached for each target.
+class TargetTower(NamedTuple):
+    """A model at the head of which only the hidden states at the targets are there, as when they were cached.
 
-    Args:
-        cached: `[R, M, D]`.
-        batch: its target table says in which columns they belong; targets that share a column share the state.
-
-    Returns:
-        `[R, T, D]`, zeros where no target reads.
+    They are `[R, M, D]`, in the order of the batch's target table; what stands where nothing is listed is not read.
     """
-    length = batch.token.shape[1]
-    columns = jnp.where(batch.target_slot > 0, batch.target_source, length)
 
-    def place(cached: Array, columns: Array) -> Array:
-        return jnp.zeros((length, cached.shape[1]), cached.dtype).at[columns].set(cached, mode="drop")
+    hidden: Array
+    unembedding: Unembedding
 
-    return over_rows(jax.vmap(place), (ROWS, ROWS), ROWS)(cached, columns)
+
+AnyTower = Tower | TargetTower
 
 
 class Static(NamedTuple):
@@ -54,10 +52,10 @@ class Static(NamedTuple):
 class Operands(NamedTuple):
     """Arrays of one device: rows of targets, and every tower's hidden states; kernels travel apart."""
 
-    source: Array  # [R, M]
+    column: tuple[Array, ...]  # towers of [R, M]: where in its row a target's hidden state is
     token: Array  # [R, M]
     slot: Array  # [R, M]
-    hidden: tuple[Array, ...]  # towers of [R, T, D]
+    hidden: tuple[Array, ...]  # towers of [R, T, D] or [R, M, D]
 
 
 class Walk(NamedTuple):
@@ -65,18 +63,25 @@ class Walk(NamedTuple):
 
     order: Array  # [R * M + chunk] indices of listed targets, padding last
     count: Array  # []
-    source: Array  # [R * M] rows of the flattened hidden states
+    source: tuple[Array, ...]  # towers of [R * M]: rows of the flattened hidden states
     token: Array  # [R * M]
-    hidden: tuple[Array, ...]  # towers of [R * T, D]
+    hidden: tuple[Array, ...]  # towers of [R * T, D] or [R * M, D]
+
+
+def at_targets(tower: Tower, batch: Batch) -> TargetTower:
+    """Keeps a model's hidden states at the targets only."""
+    pick = over_rows(jax.vmap(lambda hidden, source: hidden[source]), (ROWS, ROWS), ROWS)
+    return TargetTower(pick(tower.hidden, batch.target_source), tower.unembedding)
 
 
 def pack_arguments(
-    function: Callable, towers: tuple[Tower, ...], batch: Batch, chunk: int
+    function: Callable, towers: tuple[AnyTower, ...], batch: Batch, chunk: int
 ) -> tuple[Static, Operands, tuple[Array, ...]]:
-    """Sorts towers and batch into what is static, what is cut over devices, and what every device holds.
+    """Sorts towers and batch into what is static, what is cut over rows, and what is the same for all rows.
 
     Raises:
-        ValueError: the towers disagree on the vocabulary.
+        ValueError: the towers disagree on the vocabulary, cached hidden states are not those of the batch's targets, or
+            the tensor axis does not divide a vocabulary.
     """
     sizes = {tower.unembedding.vocab_size for tower in towers}
     if len(sizes) != 1:
@@ -90,19 +95,45 @@ def pack_arguments(
         towers[0].unembedding.kernel,
         *(jax.lax.stop_gradient(t.unembedding.kernel) for t in towers[1:]),
     )
-    return static, Operands(batch.target_source, batch.target_token, batch.target_slot, hidden), kernels
+    for kernel in kernels:
+        _check_divides(kernel.shape[-1])
+    columns = tuple(_columns(tower, batch) for tower in towers)
+    return static, Operands(columns, batch.target_token, batch.target_slot, hidden), kernels
+
+
+def _check_divides(vocabulary: int) -> None:
+    devices = dict(jax.sharding.get_abstract_mesh().shape).get(TENSOR_AXIS, 1)
+    if vocabulary % devices:
+        raise ValueError(
+            f"heads: mesh axis {TENSOR_AXIS!r} = {devices} does not divide an unembedding of {vocabulary} columns; "
+            f"pad it to a multiple of {devices}, for instance {-(-vocabulary // devices) * devices}"
+        )
+
+
+def _columns(tower: AnyTower, batch: Batch) -> Array:
+    if isinstance(tower, Tower):
+        return batch.target_source
+    if tower.hidden.shape[:2] != batch.target_slot.shape:
+        raise ValueError(
+            f"heads: cached hidden states are {list(tower.hidden.shape)}, the batch's target table is "
+            f"{list(batch.target_slot.shape)}; expected [R, M, D], one state for every entry of the table"
+        )
+    return jnp.broadcast_to(jnp.arange(batch.target_slot.shape[1], dtype=jnp.int32)[None], batch.target_slot.shape)
 
 
 def make_walk(static: Static, operands: Operands) -> Walk:
     """Flattens the rows of one device into one list of targets, padding last."""
-    rows, length = operands.hidden[0].shape[:2]
     listed = (operands.slot > 0).reshape(-1)
     place = jnp.where(listed, jnp.cumsum(listed) - 1, listed.size + static.chunk)
     order = jnp.zeros(listed.size + static.chunk, jnp.int32)
     order = order.at[place].set(jnp.arange(listed.size, dtype=jnp.int32), mode="drop")
-    source = (operands.source + length * jnp.arange(rows, dtype=jnp.int32)[:, None]).reshape(-1)
-    hidden = tuple(x.reshape(rows * length, -1) for x in operands.hidden)
+    source = tuple(_flat(column, x.shape[1]) for column, x in zip(operands.column, operands.hidden, strict=True))
+    hidden = tuple(x.reshape(-1, x.shape[-1]) for x in operands.hidden)
     return Walk(order, listed.sum(), source, operands.token.reshape(-1), hidden)
+
+
+def _flat(column: Array, length: int) -> Array:
+    return (column + length * jnp.arange(column.shape[0], dtype=jnp.int32)[:, None]).reshape(-1)
 
 
 def trips(static: Static, walk: Walk) -> Array:
@@ -115,8 +146,8 @@ class Chunk(NamedTuple):
 
     index: Array  # [c] where their results go; out of range for padding, whose results are dropped
     live: Array  # [c]
-    source: Array  # [c]
-    raw: tuple[Array, ...]  # towers of [c, V padded] float32, before softcap and masking
+    source: Array  # [c] rows of the first tower's hidden states
+    raw: Array  # [c, V padded] float32 logits of the first tower, before softcap and masking
     values: Callable  # raw logits of the first tower -> function's results
 
 
@@ -124,11 +155,8 @@ def read_chunk(static: Static, walk: Walk, kernels: tuple[Array, ...], i: Array)
     """Gathers the i-th chunk of targets and projects it onto the vocabulary."""
     index = jax.lax.dynamic_slice_in_dim(walk.order, i * static.chunk, static.chunk)
     live = i * static.chunk + jnp.arange(static.chunk) < walk.count
-    source, token = walk.source[index], walk.token[index]
-    raw = tuple(
-        jnp.matmul(x[source].astype(w.dtype), w, preferred_element_type=jnp.float32)
-        for x, w in zip(walk.hidden, kernels, strict=True)
-    )
+    token, source = walk.token[index], tuple(rows[index] for rows in walk.source)
+    raw = tuple(_project(x[rows], w) for x, rows, w in zip(walk.hidden, source, kernels, strict=True))
     frozen = tuple(
         finish_logits(x, cap, static.vocab_size) for x, cap in zip(raw[1:], static.softcaps[1:], strict=True)
     )
@@ -136,7 +164,11 @@ def read_chunk(static: Static, walk: Walk, kernels: tuple[Array, ...], i: Array)
     def values(first: Array) -> Any:
         return static.function(token, finish_logits(first, static.softcaps[0], static.vocab_size), *frozen)
 
-    return Chunk(jnp.where(live, index, walk.source.size), live, source, raw, values)
+    return Chunk(jnp.where(live, index, walk.token.size), live, source[0], raw[0], values)
+
+
+def _project(rows: Array, kernel: Array) -> Array:
+    return over_tensor(jnp.matmul(rows.astype(kernel.dtype), over_tensor(kernel), preferred_element_type=jnp.float32))
 
 
 def finish_logits(raw: Array, softcap: float | None, vocab_size: int) -> Array:
@@ -152,7 +184,7 @@ def empty_values(static: Static, walk: Walk, kernels: tuple[Array, ...]) -> Any:
     shapes = jax.eval_shape(
         lambda: read_chunk(static, walk, kernels, jnp.int32(0)).values(_first_shape(static, kernels))
     )
-    return jax.tree.map(lambda s: jnp.zeros((walk.source.size, *s.shape[1:]), s.dtype), shapes)
+    return jax.tree.map(lambda s: jnp.zeros((walk.token.size, *s.shape[1:]), s.dtype), shapes)
 
 
 def _first_shape(static: Static, kernels: tuple[Array, ...]) -> Array:
@@ -168,11 +200,12 @@ class Gradients(NamedTuple):
     @classmethod
     def zeros(cls, walk: Walk, kernels: tuple[Array, ...]) -> "Gradients":
         """Where the sums start."""
-        return cls(jnp.zeros(walk.hidden[0].shape, jnp.float32), jnp.zeros(kernels[0].shape, jnp.float32))
+        kernel = over_tensor(jnp.zeros(kernels[0].shape, jnp.float32))
+        return cls(jnp.zeros(walk.hidden[0].shape, jnp.float32), kernel)
 
     def add(self, walk: Walk, kernels: tuple[Array, ...], chunk: Chunk, dlogits: Array) -> "Gradients":
         """Adds one chunk's, given the gradient with respect to its raw logits."""
-        kernel = kernels[0]
+        kernel = over_tensor(kernels[0])
         dlogits = dlogits.astype(kernel.dtype)
         rows = walk.hidden[0][chunk.source].astype(kernel.dtype)
         dhidden = jnp.matmul(dlogits, kernel.T, preferred_element_type=jnp.float32)

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from palign.heads.targets import (
+    AnyTower,
     Gradients,
     Operands,
-    Tower,
     empty_values,
     make_walk,
     pack_arguments,
@@ -26,7 +26,7 @@ from palign.types import Array, Batch
 
 
 def weighted_sum(
-    function: Callable, weights: Array, towers: tuple[Tower, ...], batch: Batch, *, chunk: int = 512
+    function: Callable, weights: Array, towers: tuple[AnyTower, ...], batch: Batch, *, chunk: int = 256
 ) -> tuple[Array, Any]:
     """Sums `weights * function(token, logits, *frozen_logits)` over all listed targets.
 
@@ -76,7 +76,7 @@ def _value_rows(static, operands, kernels, weights):
 
     def visit(i, out):
         chunk = read_chunk(static, walk, kernels, i)
-        return _store(out, chunk, chunk.values(chunk.raw[0]))
+        return _store(out, chunk, chunk.values(chunk.raw))
 
     out = jax.lax.fori_loop(0, trips(static, walk), visit, empty_values(static, walk, kernels))
     return _finish(out, operands, weights)
@@ -89,7 +89,7 @@ def _value_and_gradient_rows(static, operands, kernels, weights):
     def visit(i, carry):
         out, gradients = carry
         chunk = read_chunk(static, walk, kernels, i)
-        values, pull, reported = jax.vjp(chunk.values, chunk.raw[0], has_aux=True)
+        values, pull, reported = jax.vjp(chunk.values, chunk.raw, has_aux=True)
         (dlogits,) = pull(jnp.where(chunk.live, flat[chunk.index], 0.0))
         return _store(out, chunk, (values, reported)), gradients.add(walk, kernels, chunk, dlogits)
 

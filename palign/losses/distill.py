@@ -60,8 +60,7 @@ def forward_kl(
         >>> print(np.asarray(losses.forward_kl(jnp.zeros(2), jnp.log(jnp.array([3.0, 1.0])))).round(4))
         0.1308
     """
-    student, teacher = _log_probabilities("forward_kl", student_logits, teacher_logits)
-    return jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+    return _forward_kl(*_student_and_teacher("forward_kl", student_logits, teacher_logits))
 
 
 def reverse_kl(
@@ -97,8 +96,7 @@ def reverse_kl(
         >>> print(np.asarray(losses.reverse_kl(jnp.zeros(2), jnp.log(jnp.array([3.0, 1.0])))).round(4))
         0.1438
     """
-    student, teacher = _log_probabilities("reverse_kl", student_logits, teacher_logits)
-    return jnp.sum(jnp.exp(student) * (student - teacher), axis=-1)
+    return _reverse_kl(*_student_and_teacher("reverse_kl", student_logits, teacher_logits))
 
 
 def generalised_jsd(
@@ -142,8 +140,8 @@ def generalised_jsd(
         >>> print(np.asarray(losses.generalised_jsd(jnp.zeros(2), jnp.log(jnp.array([3.0, 1.0])))).round(4))
         0.0338
     """
-    to_teacher, to_student = _mixture_divergences("generalised_jsd", student_logits, teacher_logits, beta)
-    return beta * to_teacher + (1 - beta) * to_student
+    _check_mixture("generalised_jsd", beta)
+    return _jsd(*_student_and_teacher("generalised_jsd", student_logits, teacher_logits), beta, 1 - beta)
 
 
 def scaled_jsd(
@@ -183,8 +181,10 @@ def scaled_jsd(
         >>> print(np.asarray(losses.scaled_jsd(jnp.zeros(2), jnp.log(jnp.array([3.0, 1.0])))).round(4))
         0.1353
     """
-    to_teacher, to_student = _mixture_divergences("scaled_jsd", student_logits, teacher_logits, beta)
-    return to_teacher / (1 - beta) + to_student / beta
+    _check_mixture("scaled_jsd", beta)
+    return _jsd(*_student_and_teacher("scaled_jsd", student_logits, teacher_logits), beta, 1 - beta) / (
+        beta * (1 - beta)
+    )
 
 
 def theorem1_teacher(
@@ -220,7 +220,7 @@ def theorem1_teacher(
         [2. 0.]
     """
     check_positive("theorem1_teacher", ratio=ratio)
-    dpo, reference = _frozen("theorem1_teacher", dpo_logits=dpo_logits, reference_logits=reference_logits)
+    dpo, reference = map(floored, _frozen("theorem1_teacher", dpo_logits=dpo_logits, reference_logits=reference_logits))
     return Teacher(reference + ratio * (dpo - reference), jnp.full(dpo.shape[:-1], ratio, dpo.dtype))
 
 
@@ -259,7 +259,7 @@ def contrastive_teacher(
         [5. 0.]
     """
     check_positive("contrastive_teacher", ratio=ratio)
-    dpo, reverse = _frozen("contrastive_teacher", dpo_logits=dpo_logits, reverse_logits=reverse_logits)
+    dpo, reverse = map(floored, _frozen("contrastive_teacher", dpo_logits=dpo_logits, reverse_logits=reverse_logits))
     return Teacher(dpo + ratio * (dpo - reverse), jnp.full(dpo.shape[:-1], ratio, dpo.dtype))
 
 
@@ -308,7 +308,7 @@ def adaptive_teacher(
     check_positive("adaptive_teacher", scale=scale, epsilon=epsilon)
     dpo, reverse = _frozen("adaptive_teacher", dpo_logits=dpo_logits, reverse_logits=reverse_logits)
     alpha = scale * _total_variation(dpo, reverse) + epsilon
-    return Teacher(dpo + alpha[..., None] * (dpo - reverse), alpha)
+    return Teacher(floored(dpo) + alpha[..., None] * (floored(dpo) - floored(reverse)), alpha)
 
 
 def adaptive_weight(alpha: Float[Array, "*batch"], *, beta: float | Float[Array, ""]) -> Float[Array, "*batch"]:
@@ -711,53 +711,123 @@ def floored(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch V"]:
 
 
 def _frozen(loss: str, **logits: Float[Array, "*batch V"]) -> tuple[Float[Array, "*batch V"], ...]:
+    """Return logits in f32 without gradient."""
     check_same_shape(loss, **logits)
-    return tuple(jax.lax.stop_gradient(floored(values)) for values in logits.values())
+    return tuple(jax.lax.stop_gradient(as_float(values)) for values in logits.values())
 
 
-def _total_variation(first: Float[Array, "*batch V"], second: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
-    """Return half the L1 distance of two softmaxes, exact to the last digits also where they nearly agree.
-
-    There alpha comes down to epsilon, and the rounding of two separate softmaxes, times the scale, would be seen in it.
-    So the differences are made from the gap of the logits, which is exact where it is small; and as their sum must be
-    0, what is left of it is taken out, as the normalisers' rounding.
-    """
-    tops = first.max(-1, keepdims=True), second.max(-1, keepdims=True)
-    logs = tuple(
-        jnp.log(jnp.sum(jnp.exp(z - top), axis=-1, keepdims=True)) for z, top in zip((first, second), tops, strict=True)
-    )
-    p, q = jnp.exp(first - tops[0] - logs[0]), jnp.exp(second - tops[1] - logs[1])
-    gap = (first - second) - ((tops[0] - tops[1]) + (logs[0] - logs[1]))
-    differences = -jnp.sign(gap) * jnp.maximum(p, q) * jnp.expm1(-jnp.abs(gap))
-    differences -= p * differences.sum(-1, keepdims=True)
-    return 0.5 * jnp.sum(jnp.abs(differences), axis=-1)
-
-
-def _log_probabilities(
+def _student_and_teacher(
     loss: str, student_logits: Float[Array, "*batch V"], teacher_logits: Float[Array, "*batch V"]
 ) -> tuple[Float[Array, "*batch V"], Float[Array, "*batch V"]]:
-    """Return log-probabilities of the student and, without gradient, of the teacher."""
+    """Return logits in f32, the teacher's without gradient."""
     check_same_shape(loss, student_logits=student_logits, teacher_logits=teacher_logits)
-    teacher = jax.lax.stop_gradient(floored(teacher_logits))
-    return jax.nn.log_softmax(floored(student_logits)), jax.nn.log_softmax(teacher)
+    return as_float(student_logits), jax.lax.stop_gradient(as_float(teacher_logits))
 
 
-def _mixture_divergences(
-    loss: str,
-    student_logits: Float[Array, "*batch V"],
-    teacher_logits: Float[Array, "*batch V"],
-    beta: float | Float[Array, ""],
-) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
-    """Return KL(P || M) and KL(Q || M) for `M = beta P + (1 - beta) Q`, P the teacher and Q the student."""
+class _Partition(NamedTuple):
+    """A softmax's normaliser in two parts: `log softmax(z) = (z - top) - log_sum`, precise however large z is."""
+
+    top: Float[Array, "*batch 1"]
+    log_sum: Float[Array, "*batch 1"]
+
+
+def _partition(logits: Float[Array, "*batch V"]) -> _Partition:
+    # The floor after the maximum, not before it: XLA on CPU would write the floored logits out once more.
+    top = jax.lax.stop_gradient(jnp.maximum(logits.max(-1, keepdims=True), _FLOOR))
+    return _Partition(top, jnp.log(jnp.sum(jnp.exp(floored(logits) - top), axis=-1, keepdims=True)))
+
+
+def _softmax(logits: Float[Array, "*batch V"], partition: _Partition) -> Float[Array, "*batch V"]:
+    # The exponential is the one in `_partition`, so that it is computed once.
+    return jnp.exp(floored(logits) - partition.top) * jnp.exp(-partition.log_sum)
+
+
+def _log_ratio(
+    first: Float[Array, "*batch V"], second: Float[Array, "*batch V"], p: _Partition, q: _Partition
+) -> Float[Array, "*batch V"]:
+    """Return the log-ratio of two softmaxes but for a constant of the position: the ratio of their `log_sum`s."""
+    return (floored(first) - p.top) - (floored(second) - q.top)
+
+
+def _kl_and_slope(
+    first: Float[Array, "*batch V"], second: Float[Array, "*batch V"]
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch V"]]:
+    """Return KL(P || Q) of two softmaxes, and its gradient with respect to the logits of P, in closed form."""
+    p, q = _partition(first), _partition(second)
+    ratio, normaliser = _log_ratio(first, second, p, q), p.log_sum - q.log_sum
+    # The normaliser of P after the sum, for the reader of XLA's fusions: one exponential less.
+    value = jnp.sum(jnp.exp(floored(first) - p.top) * ratio, axis=-1, keepdims=True) * jnp.exp(-p.log_sum) - normaliser
+    return value[..., 0], _softmax(first, p) * (ratio - (normaliser + value))
+
+
+@jax.custom_jvp
+def _reverse_kl(student: Float[Array, "*batch V"], teacher: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
+    return _kl_and_slope(student, teacher)[0]
+
+
+@_reverse_kl.defjvp
+def _reverse_kl_jvp(primals, tangents):
+    value, slope = _kl_and_slope(*primals)
+    return value, jnp.sum(slope * tangents[0], axis=-1)
+
+
+@jax.custom_jvp
+def _forward_kl(student: Float[Array, "*batch V"], teacher: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
+    return _kl_and_slope(teacher, student)[0]
+
+
+@_forward_kl.defjvp
+def _forward_kl_jvp(primals, tangents):
+    student, teacher = primals
+    slope = _softmax(student, _partition(student)) - _softmax(teacher, _partition(teacher))
+    return _kl_and_slope(teacher, student)[0], jnp.sum(slope * tangents[0], axis=-1)
+
+
+def _check_mixture(loss: str, beta: float | Float[Array, ""]) -> None:
     if isinstance(beta, int | float) and not 0 < beta < 1:
         raise ValueError(
             f"{loss}: beta is {beta}; expected strictly between 0 and 1. The ends are forward_kl (0) and reverse_kl (1)"
         )
-    student, teacher = _log_probabilities(loss, student_logits, teacher_logits)
-    gap = teacher - student
-    to_teacher = -jnp.sum(jnp.exp(teacher) * _log_mixture(-gap, 1 - beta, beta), axis=-1)
-    to_student = -jnp.sum(jnp.exp(student) * _log_mixture(gap, beta, 1 - beta), axis=-1)
-    return to_teacher, to_student
+
+
+@jax.custom_jvp
+def _jsd(
+    student: Float[Array, "*batch V"],
+    teacher: Float[Array, "*batch V"],
+    weight: float | Float[Array, ""],
+    rest: float | Float[Array, ""],
+) -> Float[Array, "*batch"]:
+    """Mix with the teacher's weight and the rest, which sum to 1; both are given, for 1 - 0.99999 is no f32 sum."""
+    to_teacher, to_student, _ = _mixture_divergences(student, teacher, weight, rest)
+    return weight * to_teacher + rest * to_student
+
+
+@_jsd.defjvp
+def _jsd_jvp(primals, tangents):
+    _, _, weight, rest = primals
+    to_teacher, to_student, slope = _mixture_divergences(*primals)
+    by_weights = to_teacher * tangents[2] + to_student * tangents[3]  # what they do to the mixture cancels
+    value = weight * to_teacher + rest * to_student
+    return value, rest * jnp.sum(slope * tangents[0], axis=-1) + by_weights
+
+
+def _mixture_divergences(
+    student: Float[Array, "*batch V"],
+    teacher: Float[Array, "*batch V"],
+    weight: float | Float[Array, ""],
+    rest: float | Float[Array, ""],
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"], Float[Array, "*batch V"]]:
+    """Return KL(P || M), KL(Q || M) and `Q ((log Q - log M) - KL(Q || M))`.
+
+    `M = weight P + rest Q`, P the teacher and Q the student. The last, times `rest`, is the gradient of the
+    Jensen-Shannon divergence with respect to the student's logits.
+    """
+    p, q = _partition(teacher), _partition(student)
+    gap = _log_ratio(teacher, student, p, q) - (p.log_sum - q.log_sum)
+    above_student, probabilities = _log_mixture(gap, weight, rest), _softmax(student, q)
+    to_teacher = -jnp.sum(_softmax(teacher, p) * _log_mixture(-gap, rest, weight), axis=-1)
+    to_student = -jnp.sum(probabilities * above_student, axis=-1)
+    return to_teacher, to_student, -probabilities * (above_student + to_student[..., None])
 
 
 def _log_mixture(
@@ -775,3 +845,17 @@ def _log_mixture(
     small = jnp.where(shrinks, jnp.log(rest + weight * jnp.exp(near)), jnp.log1p(jnp.where(shrinks, 0.0, growth)))
     far = jnp.where(gap < large, large, gap)
     return jnp.where(gap < large, small, far + jnp.log(weight))
+
+
+def _total_variation(first: Float[Array, "*batch V"], second: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
+    """Return half the L1 distance of two softmaxes, exact to the last digits also where they nearly agree.
+
+    There alpha comes down to epsilon, and the rounding of two separate softmaxes, times the scale, would be seen in it.
+    So the differences are `(P + Q) tanh(log(P / Q) / 2)`: relatively exact, as the gap of the logits is where it is
+    small. What is left is the rounding of the two normalisers. The differences must sum to 0, which gives it away.
+    """
+    p, q = _partition(first), _partition(second)
+    total, gap = _softmax(first, p) + _softmax(second, q), floored(first) - floored(second)
+    offset = (p.top - q.top) + (p.log_sum - q.log_sum)
+    offset += jnp.sum(total * jnp.tanh(0.5 * (gap - offset)), axis=-1, keepdims=True)
+    return 0.5 * jnp.sum(total * jnp.abs(jnp.tanh(0.5 * (gap - offset))), axis=-1)

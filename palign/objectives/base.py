@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from palign.heads.target_values import TokenValues, target_logps
-from palign.heads.targets import Tower, hidden_from_targets
+from palign.heads.target_values import TokenValues, logp_at_targets, target_values
+from palign.heads.targets import AnyTower, TargetTower, Tower
 from palign.models.protocol import LanguageModel, Params
 from palign.objectives.per_target import values_per_target
 from palign.types import Array, Batch, Mean, Terms
@@ -60,7 +60,7 @@ class Forward(NamedTuple):
     """One micro-batch through the policy and, where methods ask, through frozen models."""
 
     tower: Tower  # the policy at the head
-    frozen: Mapping[str, Tower]  # role -> frozen model at the head
+    frozen: Mapping[str, AnyTower]  # role -> frozen model at the head
     tokens: TokenValues | None  # [R, M] of the policy
     per_target: Mapping[str, Array]  # name -> [R, M]
     reference_logps: Array | None  # [R, M]
@@ -217,16 +217,17 @@ def run_forward(
     reference_logps = batch.reference_logps if needs.reference else None
     if needs.reference and reference_logps is None:
         reference_tower = towers.get(REFERENCE) or _frozen_tower(lm, params, aux, REFERENCE, batch)
-        reference_logps = jax.lax.stop_gradient(target_logps(*reference_tower, batch, chunk=chunk))
+        logps = target_values(logp_at_targets, (reference_tower,), batch, chunk=chunk)
+        reference_logps = jax.lax.stop_gradient(logps)
     values = _values(lm, params, tower.hidden, batch) if needs.values else None
     return Forward(tower, towers, tokens, per_target, reference_logps, values, chunk)
 
 
-def _frozen_tower(lm: LanguageModel, params: Params, aux: Mapping[str, Any], role: str, batch: Batch) -> Tower:
+def _frozen_tower(lm: LanguageModel, params: Params, aux: Mapping[str, Any], role: str, batch: Batch) -> AnyTower:
     """A frozen model at the head; where its hidden states are cached, `aux` holds the kernel of its logits alone."""
     frozen = jax.lax.stop_gradient(aux[role])
     if batch.hidden is not None and role in batch.hidden:
-        return Tower(hidden_from_targets(batch.hidden[role], batch), lm.unembed(params)._replace(kernel=frozen))
+        return TargetTower(batch.hidden[role], lm.unembed(params)._replace(kernel=frozen))
     return Tower(jax.lax.stop_gradient(lm.hidden(frozen, batch)), lm.unembed(frozen))
 
 

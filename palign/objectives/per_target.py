@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from palign import losses
 from palign.heads.target_values import TokenValues, target_values, values_at_targets
-from palign.heads.targets import Tower
+from palign.heads.targets import AnyTower, Tower
 from palign.types import Array, Batch
 
 
@@ -37,14 +37,20 @@ def _reference_kl(token: Array, logits: Array, reference_logits: Array) -> Array
     return losses.forward_kl(logits, reference_logits)
 
 
+def _policy_kl(token: Array, logits: Array, reference_logits: Array) -> Array:
+    """`KL(policy || reference)` over the whole vocabulary, without gradient: how far the policy has gone."""
+    return losses.reverse_kl(jax.lax.stop_gradient(logits), reference_logits)
+
+
 PER_TARGET: dict[str, PerTarget] = {
     "alignment": PerTarget(_alignment),
+    "policy_kl": PerTarget(_policy_kl, ("reference",)),
     "reference_kl": PerTarget(_reference_kl, ("reference",)),
 }
 
 
 def values_per_target(
-    tower: Tower, frozen: Mapping[str, Tower], batch: Batch, names: frozenset[str], *, chunk: int
+    tower: Tower, frozen: Mapping[str, AnyTower], batch: Batch, names: frozenset[str], *, chunk: int
 ) -> tuple[TokenValues, dict[str, Array]]:
     """The policy's token values and the named extras, all `[R, M]`, in one walk over the targets."""
     ordered = tuple(sorted(names))

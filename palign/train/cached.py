@@ -11,7 +11,6 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
@@ -19,6 +18,7 @@ from jax.sharding import Mesh
 from palign.data.loader import Dataset, fingerprint
 from palign.eval.per_target import per_target
 from palign.heads.target_values import target_logps
+from palign.heads.targets import Tower, at_targets
 from palign.models.protocol import LanguageModel
 from palign.train.metrics import Reporter, say
 from palign.train.sources import digest
@@ -71,10 +71,10 @@ def cache_hidden(
         The same data with `hidden[role]`.
     """
 
-    def at_targets(params: Any, batch: Batch) -> Array:
-        return jnp.take_along_axis(lm.hidden(params, batch), batch.target_source[..., None], axis=1)
+    def hidden(params: Any, batch: Batch) -> Array:
+        return at_targets(Tower(lm.hidden(params, batch), lm.unembed(params)), batch).hidden
 
-    values = _cached(dataset, f"{role}_{name}", at_targets, params, mesh, workdir)
+    values = _cached(dataset, f"{role}_{name}", hidden, params, mesh, workdir)
     return dataclasses.replace(dataset, hidden={**(dataset.hidden or {}), role: values})
 
 
