@@ -38,20 +38,28 @@ class Lists(NamedTuple):
     valid: Array  # [B, K] bool
 
 
+class Responses(NamedTuple):
+    """The single responses of a batch, B = R * G * K of them, padding included."""
+
+    kl: Array  # [B] nats, summed over the tokens, or None where no diagnostic that was asked for reads it
+
+
 class Diagnostic(NamedTuple):
-    """A number for each pair, or for each list, and what it is made of.
+    """A number for each pair, list or response, and what it is made of.
 
     Attributes:
-        values: `(Pairs) -> [B]`, or `(Lists) -> [B]` where `lists` is set.
+        values: `(about) -> [B]`.
+        about: `Pairs`, of which the listed ones count, `Lists`, of which those with a preference, or `Responses`.
         reference: whether it reads the reference's log-probabilities.
         hidden: whether it reads sums of hidden states.
-        lists: whether it is about whole examples; its mean is over those that hold a preference.
+        kl: whether it reads the divergence from the reference, over the whole vocabulary.
     """
 
     values: Callable[..., Array]
+    about: type = Pairs
     reference: bool = False
     hidden: bool = False
-    lists: bool = False
+    kl: bool = False
 
 
 class Needs(NamedTuple):
@@ -59,6 +67,7 @@ class Needs(NamedTuple):
 
     reference: bool
     hidden: bool
+    kl: bool
 
 
 def _change(pairs: Pairs) -> Array:
@@ -75,7 +84,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
     "diagnostics/ches_normalised": Diagnostic(lambda p: length_normalised_ches(p.hidden_sums, p.lengths), hidden=True),
     "diagnostics/ranking_accuracy": Diagnostic(lambda p: ranking_accuracy(p.policy)),
     "diagnostics/ranking_accuracy_normalised": Diagnostic(lambda p: ranking_accuracy(p.policy / p.lengths)),
-    "diagnostics/full_ranking_accuracy": Diagnostic(lambda l: full_ranking_accuracy(*l), lists=True),
+    "diagnostics/full_ranking_accuracy": Diagnostic(lambda l: full_ranking_accuracy(*l), Lists),
     "diagnostics/implicit_reward_accuracy": Diagnostic(
         lambda p: implicit_reward_accuracy(p.policy, p.reference), reference=True
     ),
@@ -88,6 +97,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {
     "diagnostics/displaced": Diagnostic(lambda p: _change(p).displaced, reference=True),
     "diagnostics/turned_right": Diagnostic(lambda p: _flips(p).turned_right, reference=True),
     "diagnostics/turned_wrong": Diagnostic(lambda p: _flips(p).turned_wrong, reference=True),
+    "diagnostics/kl": Diagnostic(lambda r: r.kl, Responses, kl=True),
 }
 
 
@@ -101,7 +111,7 @@ def needs(names: Sequence[str]) -> Needs:
         ValueError: for an unknown name, with the nearest one.
     """
     found = [_named(name) for name in names]
-    return Needs(any(d.reference for d in found), any(d.hidden for d in found))
+    return Needs(*(any(getattr(d, name) for d in found) for name in Needs._fields))
 
 
 def diagnose(
@@ -112,6 +122,7 @@ def diagnose(
     *,
     reference_logps: Array | None = None,
     hidden_sums: Array | None = None,
+    sequence_kl: Array | None = None,
     beta: float | Array = 0.1,
 ) -> dict[str, Mean]:
     """Evaluates diagnostics on a batch, under jit if need be; no gradient flows through them.
@@ -124,10 +135,13 @@ def diagnose(
         batch: its pairs, scores and `valid` are read.
         reference_logps: `[R, slots]` under the reference, where `needs(names).reference`.
         hidden_sums: `[R, slots, D]` of `hidden_sums_by_slot`, where `needs(names).hidden`.
+        sequence_kl: `[R, slots]`, KL(policy || reference) in nats, summed over the responses' tokens, where
+            `needs(names).kl`.
         beta: of the loss, for the idealised accuracy.
 
     Returns:
-        name -> its sum and count over the listed pairs (or the examples that hold a preference) of the batch.
+        name -> its sum and count over the listed pairs of the batch, the examples that hold a preference, or the
+        examples' own responses.
 
     Raises:
         ValueError: an unknown name, something that is read and was not given, or a wrong shape.
@@ -138,6 +152,8 @@ def diagnose(
         by_slot["reference_logps"] = reference_logps
     if wanted.hidden:
         by_slot["hidden_sums"] = hidden_sums
+    if wanted.kl:
+        by_slot["sequence_kl"] = sequence_kl
     _check_by_slot(names, by_slot, batch)
     by_slot = jax.lax.stop_gradient(by_slot)
     at = {name: at_pairs(values, batch) for name, values in by_slot.items()}
@@ -148,13 +164,16 @@ def diagnose(
         at.get("hidden_sums"),
         jax.lax.stop_gradient(jnp.asarray(beta, jnp.float32)),
     )
-    listed = batch.pairs[..., 0].reshape(-1) > 0
-    lists, compared = _lists(by_slot["policy_logps"], batch)
+    kl = by_slot["sequence_kl"][:, 1:].reshape(-1) if wanted.kl else None
+    examples = {
+        Pairs: (pairs, batch.pairs[..., 0].reshape(-1) > 0),
+        Lists: _lists(by_slot["policy_logps"], batch),
+        Responses: (Responses(kl), batch.valid.reshape(-1)),
+    }
     means = {}
     for name in names:
-        diagnostic = DIAGNOSTICS[name]
-        values, counted = (lists, compared) if diagnostic.lists else (pairs, listed)
-        means[name] = _mean(diagnostic.values(values), counted)
+        made_of, counted = examples[DIAGNOSTICS[name].about]
+        means[name] = _mean(DIAGNOSTICS[name].values(made_of), counted)
     return means
 
 

@@ -17,7 +17,7 @@ from palign.eval import diagnostics
 from palign.eval.displacement import hidden_sums_by_slot
 from palign.models.protocol import LanguageModel
 from palign.models.transformer import make_language_model
-from palign.objectives.base import REFERENCE, Forward, Needs, Objective, lengths_by_slot
+from palign.objectives.base import REFERENCE, Forward, Needs, Objective, lengths_by_slot, sum_by_slot
 from palign.objectives.compose import Diagnosis, make_objective
 from palign.objectives.readings import WEIGHTS, policy_sums, reference_sums
 from palign.objectives.registry import find_method, needs_of, resolve_methods
@@ -261,10 +261,15 @@ def diagnosis_of(settings: ObjectiveConfig) -> Diagnosis | None:
     if not settings.diagnostics:
         return None
     read = diagnostics.needs(settings.diagnostics)
-    if read.reference and not needs_of(settings.loss_type).reference:
+    if (read.reference or read.kl) and not needs_of(settings.loss_type).reference:
         raise ValueError(
             f"config.objective.diagnostics = {settings.diagnostics}: some read a reference, "
             f"{', '.join(settings.loss_type)} has none; leave them out"
+        )
+    if read.kl and settings.reference != "live":
+        raise ValueError(
+            f"config.objective.reference = {settings.reference!r}: diagnostics/kl reads the reference's whole "
+            "distributions; use 'live', or leave it out"
         )
     beta = settings.hyper.get("beta", 0.1)
 
@@ -276,10 +281,12 @@ def diagnosis_of(settings: ObjectiveConfig) -> Diagnosis | None:
             batch,
             reference_logps=reference_sums(forward, batch) if read.reference else None,
             hidden_sums=hidden_sums_by_slot(forward.tower.hidden, batch) if read.hidden else None,
+            sequence_kl=sum_by_slot(forward.per_target["policy_kl"], batch) if read.kl else None,
             beta=beta,
         )
 
-    return Diagnosis(measure, Needs(logps=True, reference=read.reference))
+    distributions = Needs(per_target=frozenset({"policy_kl"}), frozen=frozenset({REFERENCE})) if read.kl else Needs()
+    return Diagnosis(measure, Needs(logps=True, reference=read.reference) | distributions)
 
 
 def _with_cached_reference(config, workdir, mesh, lm, data: Prepared, source: Source) -> Prepared:

@@ -1,14 +1,19 @@
 """Diagnostics by name: sums and counts over exactly the listed pairs, whatever padding holds."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from palign.config.schema import ObjectiveConfig
 from palign.eval.diagnostics import DIAGNOSTICS, diagnose, needs
+from palign.objectives.compose import make_objective
 from palign.sharding.mesh import make_mesh
+from palign.train.build import diagnosis_of
 from tests.oracles import diagnostics as oracle
-from tests.trees import make_batch, random_trees
+from tests.trees import evaluate_objective, make_batch, random_trees, tiny_model
 
 BETA, K, WIDTH = 0.5, 3, 4
 # One tie of all scores: no pair, and no preference to rank.
@@ -25,17 +30,19 @@ def given():
     policy[0, 1:] = np.where(absent[0, 1:], np.nan, np.asarray(batch.scores)[0].reshape(-1) - 9)  # ranked right
     sums = np.where(absent[..., None], np.nan, rng.normal(size=(*shape, WIDTH)))
     lengths = np.where(absent, 0, rng.integers(1, 9, shape))
-    return batch, *(np.float32(x) for x in (policy, lengths, reference, sums))
+    kl = np.where(absent, np.nan, rng.gamma(2.0, 1.0, shape))
+    return batch, *(np.float32(x) for x in (policy, lengths, reference, sums, kl))
 
 
 def run(names, given, **more):
-    batch, policy, lengths, reference, sums = given
+    batch, policy, lengths, *others = given
+    optional = ("reference_logps", "hidden_sums", "sequence_kl")
     function = jax.jit(
-        lambda *arrays: diagnose(
-            names, arrays[1], arrays[2], arrays[0], reference_logps=arrays[3], hidden_sums=arrays[4], beta=BETA, **more
+        lambda batch, policy, lengths, *others: diagnose(
+            names, policy, lengths, batch, **dict(zip(optional, others, strict=True)), beta=BETA, **more
         )
     )
-    return function(batch, policy, lengths, reference, sums)
+    return function(batch, policy, lengths, *others)
 
 
 def at_pairs(by_slot, batch):
@@ -45,7 +52,7 @@ def at_pairs(by_slot, batch):
 
 def test_every_diagnostic_is_the_sum_over_the_listed_pairs_of_its_oracle(given):
     batch = given[0]
-    policy, lengths, reference, sums = (at_pairs(np.float64(x), batch) for x in given[1:])
+    policy, lengths, reference, sums = (at_pairs(np.float64(x), batch) for x in given[1:5])
     now, before = oracle.ranking_accuracy(policy), oracle.ranking_accuracy(reference)
     expected = {
         "ches": oracle.ches(sums),
@@ -64,6 +71,7 @@ def test_every_diagnostic_is_the_sum_over_the_listed_pairs_of_its_oracle(given):
     lists = (given[1][:, 1:].reshape(-1, K), *(np.asarray(x).reshape(-1, K) for x in (batch.scores, batch.valid)))
     kept = [max(s[v], default=0) > min(s[v], default=0) for s, v in zip(*lists[1:], strict=True)]
     expected["full_ranking_accuracy"] = oracle.full_ranking_accuracy(*(x[kept] for x in lists))
+    expected["kl"] = given[5][:, 1:].reshape(-1)[np.asarray(batch.valid).reshape(-1)]
     found = run(tuple(DIAGNOSTICS), given)
     assert set(found) == set(DIAGNOSTICS) == {f"diagnostics/{name}" for name in expected}
     for name, values in expected.items():
@@ -76,9 +84,10 @@ def test_every_diagnostic_is_the_sum_over_the_listed_pairs_of_its_oracle(given):
 def test_what_is_not_read_need_not_be_given(given):
     batch, policy, lengths, *_ = given
     plain = ("diagnostics/ranking_accuracy", "diagnostics/full_ranking_accuracy")
-    assert needs(plain) == (False, False)
+    assert not any(needs(plain))
     assert diagnose(plain, policy, lengths, batch) == run(plain, given)
-    assert needs(("diagnostics/ches",)) == (False, True) and needs(("diagnostics/displaced",)) == (True, False)
+    assert needs(("diagnostics/ches",)) == (False, True, False)
+    assert needs(("diagnostics/displaced",)) == (True, False, False)
     assert diagnose((), policy, lengths, batch) == {}
 
 
@@ -90,7 +99,7 @@ def test_a_batch_without_pairs_counts_nothing(given):
 
 
 def test_no_gradient_flows_through_diagnostics_on_one_device_or_several(given):
-    batch, policy, lengths, reference, sums = (jnp.nan_to_num(x) if i else x for i, x in enumerate(given))
+    batch, policy, lengths, reference, sums = (jnp.nan_to_num(x) if i else x for i, x in enumerate(given[:5]))
 
     def total(policy, sums):
         means = diagnose(
@@ -111,7 +120,7 @@ def test_no_gradient_flows_through_diagnostics_on_one_device_or_several(given):
 
 
 def test_wrong_arguments_are_answered_with_their_name(given):
-    batch, policy, lengths, _, sums = given
+    batch, policy, lengths, _, sums, _ = given
     with pytest.raises(ValueError, match=r"'diagnostics/chess' is not a diagnostic \(did you mean 'diagnostics/ches'"):
         needs(("diagnostics/chess",))
     with pytest.raises(ValueError, match="'xyz' is not a diagnostic; there are diagnostics/ches, "):
@@ -129,3 +138,26 @@ def test_wrong_arguments_are_answered_with_their_name(given):
         diagnose(plain, policy, lengths[0], batch)
     with pytest.raises(ValueError, match=r"diagnose: hidden_sums has shape \[4, 25\]; expected \[4, 25, D\]"):
         diagnose(("diagnostics/ches",), policy, lengths, batch, hidden_sums=sums[..., 0])
+
+
+def test_the_kl_that_is_logged_is_that_of_full_softmaxes_at_every_token():
+    lm, params, reference = tiny_model()
+    settings = ObjectiveConfig(loss_type=("dpo",), diagnostics=("diagnostics/kl",))
+    objective = make_objective(lm, ["dpo"], chunk=16, diagnosis=diagnosis_of(settings))
+    assert objective.frozen == {"reference"}
+    batch = make_batch(random_trees(5, 3))
+    _, metrics = evaluate_objective(objective, params, {"reference": reference}, batch)
+
+    logps = []
+    for weights in (params, reference):
+        kernel, _, size = lm.unembed(weights)
+        logits = np.float64(lm.hidden(weights, batch)) @ np.float64(kernel)
+        logps.append(np.float64(jax.nn.log_softmax(logits[..., :size], axis=-1)))
+    at_column = (np.exp(logps[0]) * (logps[0] - logps[1])).sum(-1)
+    listed = np.asarray(batch.target_slot) > 0
+    total = np.take_along_axis(at_column, np.asarray(batch.target_source), axis=1)[listed].sum()
+    found = metrics["diagnostics/kl"]
+    assert found.count == np.asarray(batch.valid).sum()
+    np.testing.assert_allclose(found.sum, total, rtol=1e-5)
+    with pytest.raises(ValueError, match="reference = 'cached': diagnostics/kl reads the reference's whole"):
+        diagnosis_of(dataclasses.replace(settings, reference="cached"))
