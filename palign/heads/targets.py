@@ -61,7 +61,7 @@ class Operands(NamedTuple):
 class Walk(NamedTuple):
     """One device's targets as one list."""
 
-    order: Array  # [R * M + chunk] indices of listed targets, padding last
+    order: Array  # [R * M + chunk] indices of listed targets, then one of them again
     count: Array  # []
     source: tuple[Array, ...]  # towers of [R * M]: rows of the flattened hidden states
     token: Array  # [R * M]
@@ -125,7 +125,8 @@ def make_walk(static: Static, operands: Operands) -> Walk:
     """Flattens the rows of one device into one list of targets, padding last."""
     listed = (operands.slot > 0).reshape(-1)
     place = jnp.where(listed, jnp.cumsum(listed) - 1, listed.size + static.chunk)
-    order = jnp.zeros(listed.size + static.chunk, jnp.int32)
+    # Padding of the last chunk reads a listed target again, never what stands where nothing is listed.
+    order = jnp.full(listed.size + static.chunk, jnp.argmax(listed), jnp.int32)
     order = order.at[place].set(jnp.arange(listed.size, dtype=jnp.int32), mode="drop")
     source = tuple(_flat(column, x.shape[1]) for column, x in zip(operands.column, operands.hidden, strict=True))
     hidden = tuple(x.reshape(-1, x.shape[-1]) for x in operands.hidden)

@@ -91,7 +91,8 @@ def test_the_divergence_is_the_sum_over_tokens_of_dense_kls_and_not_symmetric():
 def test_a_model_does_not_diverge_from_itself():
     lm, policy, _ = model()
     for row in sequence_kl(lm, policy, policy, dataset(), mesh()):
-        np.testing.assert_array_equal(row, 0.0)
+        # An ulp of each of two log-partition functions: the sums are the same, the order of adding may not be.
+        np.testing.assert_allclose(row, 0.0, atol=1e-6)
 
 
 def test_numbers_come_back_per_token_in_the_order_of_the_examples_not_of_the_rows():

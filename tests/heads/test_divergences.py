@@ -204,11 +204,28 @@ def test_cached_hidden_states_are_as_good_as_live_ones():
     cached = tuple(at_targets(tower, batch()) for tower in live[1:])
     assert cached[0].hidden.shape == (*batch().target_slot.shape, D)
     expected = jax.jit(lambda x, w: both(x, w, live[1:]))(hiddens[0], kernels[0])
-    # What stands where nothing is listed is never read.
-    loud = jax.tree.map(lambda c: c._replace(hidden=jnp.where((batch().target_slot > 0)[..., None], c.hidden, jnp.nan)),
-                        cached, is_leaf=lambda c: isinstance(c, TargetTower))  # fmt: skip
-    got = jax.jit(lambda x, w: both(x, w, loud))(hiddens[0], kernels[0])
+    got = jax.jit(lambda x, w: both(x, w, cached))(hiddens[0], kernels[0])
     jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_cached_hidden_states_are_not_read_where_nothing_is_listed():
+    """The first row is empty, and the last chunk is not full."""
+    slots = batch().target_slot.at[0].set(0)
+    assert int((slots > 0).sum()) % 8
+    tower, *frozen = towers_of(*arrays()[:2])
+    loud = tuple(
+        cached._replace(hidden=jnp.where((slots > 0)[..., None], cached.hidden, jnp.nan))
+        for cached in (at_targets(tower, batch()) for tower in frozen)
+    )
+
+    @jax.jit
+    def head(kernel):
+        towers = (tower._replace(unembedding=tower.unembedding._replace(kernel=kernel)), *loud)
+        function = lambda token, *z: (losses.aligndistil(*z), ())
+        some = batch()._replace(target_slot=slots)
+        return weighted_sum(function, jnp.ones((R, T)), towers, some, chunk=8)[0]
+
+    assert np.isfinite(np.asarray(jax.grad(head)(tower.unembedding.kernel))).all()
 
 
 def test_the_trained_tower_may_hold_the_targets_alone():
