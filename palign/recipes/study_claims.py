@@ -39,7 +39,7 @@ class Finding(NamedTuple):
         d, n = self.digits, self.difference.n
         interval = f" [{self.difference.low:.{d}f}, {self.difference.high:.{d}f}]" if n > 1 else ""
         levels = f"{self.first.mean:.{d}f} against {self.second.mean:.{d}f}"
-        return f"{self.what}: {levels}, difference {self.difference.mean:.{d}f}{interval} over {n} seeds"
+        return f"{self.what}: {levels}, difference {self.difference.mean:.{d}f}{interval} over {n} seed{'s' * (n > 1)}"
 
 
 class Claim(NamedTuple):

@@ -20,6 +20,7 @@ class MethodConfig:
     """A line of the study: a loss on some data, and the settings that are tried."""
 
     label: str  # in tables and pictures
+    group: str = "methods"  # that share a picture
     loss: str  # a name in palign.objectives.registry.METHODS
     data: str = "pairs"  # see palign.recipes.study_data
     responses: int = 4  # K, samples of a prompt that were ranked
@@ -102,10 +103,10 @@ class Job(NamedTuple):
 
 
 def list_jobs(config: StudyConfig) -> list[Job]:
-    """Every job in the order in which they are run.
+    """Every job in the order in which they are run, so that a study that is stopped early has whole results.
 
-    The middle settings of the methods that come first, seed by seed; those of the others; then the other settings.
-    What a run reads always stands before it.
+    The middle settings of the methods that come first, seed by seed; those of the others, method by method; then the
+    other settings, method by method. What a run reads always stands before it.
     """
     sources = [name for name in (DPO, REVERSE_DPO) if name in config.methods]
     early = [*sources, *(name for name in config.first if name not in sources)]
@@ -113,11 +114,10 @@ def list_jobs(config: StudyConfig) -> list[Job]:
     jobs = []
     for seed in config.seeds:
         jobs += [middle_job(config, seed, name) for name in (SFT, *early)]
-    jobs += [middle_job(config, seed, name) for seed in config.seeds for name in later]
-    for seed in config.seeds:
-        for name in [*early, *later]:
-            _, *others = config.methods[name].settings()
-            jobs += [Job(seed, name, setting, _folder(config, name, setting)) for setting in others]
+    jobs += [middle_job(config, seed, name) for name in later for seed in config.seeds]
+    for name in [*early, *later]:
+        _, *others = config.methods[name].settings()
+        jobs += [Job(seed, name, x, _folder(config, name, x)) for x in others for seed in config.seeds]
     return jobs
 
 

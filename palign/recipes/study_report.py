@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from palign.report.svg import colours
 from palign.report.table import print_table
 
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "numpy", "palign-jax")
-PER_PANEL = 4  # methods beside DPO in a picture of curves
+FEW = 6  # methods that one picture can show
 
 
 def write(config: StudyConfig, workdir: pathlib.Path, entries: Sequence[Entry], command: str) -> pathlib.Path:
@@ -74,14 +75,18 @@ def make_report(
     outcomes: Outcomes, lines: Sequence[Line], claims: Sequence[StudyClaim], facts: Mapping[str, Any]
 ) -> RunReport:
     """The page's contents."""
-    trained = [line for line in lines if line.name != SFT]
-    curves, bands = _curves(outcomes, [line.name for line in trained])
+    trained, points = (
+        [line for line in lines if line.name != SFT],
+        {line.name: _point(outcomes, line) for line in lines},
+    )
+    groups = _groups(outcomes.config, [line.name for line in trained])
+    curves, bands = _curves(outcomes, groups)
     return RunReport(
         title="palign study",
         facts=facts,
         table=make_table(outcomes.config, lines),
         claims=[Claim(f"{c.title} ({c.source})", c.verdict, c.numbers, c.remark) for c in claims],
-        frontier=[_point(outcomes, line) for line in lines],
+        frontiers={group: [points[name] for name in (SFT, *names)] for group, names in groups.items()},
         curves=curves,
         bands=bands,
         bars=_bars(outcomes, trained),
@@ -119,14 +124,27 @@ def make_table(config: StudyConfig, lines: Sequence[Line]) -> Table:
 
 def draw(report: RunReport, workdir: pathlib.Path) -> dict[str, str]:
     """Writes every picture of the page as a file of its own; returns title -> file name."""
-    palette = colours([point.label for point in report.frontier])
-    drawn = {"Gold reward against KL": plots.frontier(report.frontier, palette)}
+    palette = colours([point.label for points in report.frontiers.values() for point in points])
+    drawn = {
+        f"Gold reward against KL: {group}": plots.frontier(points, palette)
+        for group, points in report.frontiers.items()
+    }
     drawn |= plots.learning_curves(report.curves, palette, report.bands) | plots.bar_charts(report.bars, palette)
     names = {}
     for title, svg in drawn.items():
         names[title] = "-".join("".join(c if c.isalnum() else " " for c in title.lower()).split()) + ".svg"
-        (workdir / names[title]).write_text(svg)
+        (workdir / names[title]).write_text(_on_paper(svg))
     return names
+
+
+def _on_paper(svg: str) -> str:
+    """A picture that stands alone: with a size, and white behind it, for its text is dark."""
+    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    assert size is not None
+    width, height = (1.45 * float(x) for x in size.groups())
+    return svg.replace("<svg ", f'<svg width="{width:.0f}" height="{height:.0f}" ', 1).replace(
+        'style="', 'style="background: white; ', 1
+    )
 
 
 def markdown(report: RunReport, pictures: Mapping[str, str]) -> str:
@@ -147,24 +165,32 @@ def markdown(report: RunReport, pictures: Mapping[str, str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _curves(outcomes: Outcomes, methods: Sequence[str]) -> tuple[dict[str, dict], dict[str, dict]]:
-    """Gold reward along training in panels of a few methods, DPO in all of them; the bands are intervals over seeds."""
-    others = [name for name in methods if name != DPO]
-    groups = [others[i : i + PER_PANEL] for i in range(0, len(others), PER_PANEL)] or [[]] * bool(methods)
-    curves: dict[str, dict] = {}
-    bands: dict[str, dict] = {}
-    for number, group in enumerate(groups, start=1):
-        title = "Gold reward on the tuning prompts" + (f", {number} of {len(groups)}" if len(groups) > 1 else "")
-        curves[title], bands[title] = {}, {}
-        for name in (DPO, *group):
+def _groups(config: StudyConfig, methods: Sequence[str]) -> dict[str, list[str]]:
+    """Title -> the methods of a picture, DPO first in each."""
+    if len(methods) <= FEW:
+        return {"All methods": list(methods)} if methods else {}
+    groups: dict[str, list[str]] = {}
+    for name in methods:
+        if name != DPO:
+            groups.setdefault(config.methods[name].group, [DPO]).append(name)
+    return groups
+
+
+def _curves(outcomes: Outcomes, groups: Mapping[str, Sequence[str]]) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Gold reward along training; the bands are intervals over seeds."""
+    curves: dict[str, dict] = {group: {} for group in groups}
+    bands: dict[str, dict] = {group: {} for group in groups}
+    for group, names in groups.items():
+        for name in names:
             runs = list(outcomes.best(name).values())
             points = [over_seeds([run.curve[i].gold for run in runs]) for i in range(len(runs[0].curve))]
             known = [point for point in points if point is not None]
             steps = [point.step for point in runs[0].curve]
-            curves[title][outcomes.label(name)] = (steps, [point.mean for point in known])
+            curves[group][outcomes.label(name)] = (steps, [point.mean for point in known])
             if len(runs) > 1:
-                bands[title][outcomes.label(name)] = ([p.low for p in known], [p.high for p in known])
-    return curves, bands
+                bands[group][outcomes.label(name)] = ([p.low for p in known], [p.high for p in known])
+    prefix = "Gold reward on the tuning prompts: "
+    return {prefix + group: x for group, x in curves.items()}, {prefix + group: x for group, x in bands.items()}
 
 
 def _bars(outcomes: Outcomes, lines: Sequence[Line]) -> dict[str, list[Bar]]:

@@ -189,6 +189,7 @@ class RunReport:
         curves: Panel title -> series name -> (steps, values).
         bands: Panel title -> series name -> (lower, upper ends), for those curves that have a band around them.
         frontier: Models in the picture of gold reward against KL.
+        frontiers: Panel title -> models, where there are too many for one such picture.
         win_rates: Bars, in order.
         bars: Panel title -> bars, in order.
         claims: Statements with their verdicts.
@@ -203,6 +204,7 @@ class RunReport:
     curves: Mapping[str, Mapping[str, Curve]] = field(default_factory=dict)
     bands: Mapping[str, Mapping[str, Curve]] = field(default_factory=dict)
     frontier: Sequence[FrontierPoint] = ()
+    frontiers: Mapping[str, Sequence[FrontierPoint]] = field(default_factory=dict)
     win_rates: Sequence[WinRate] = ()
     bars: Mapping[str, Sequence[Bar]] = field(default_factory=dict)
     claims: Sequence[Claim] = ()

@@ -67,6 +67,10 @@ def render(report: RunReport) -> str:
         curves={t: Markup(svg) for t, svg in plots.learning_curves(report.curves, palette, report.bands).items()},
         bars={title: Markup(svg) for title, svg in plots.bar_charts(report.bars, palette).items()},
         frontier=Markup(plots.frontier(report.frontier, palette)) if report.frontier else "",
+        frontiers={
+            title: Markup(plots.frontier(points, palette, f"frontier-{i}"))
+            for i, (title, points) in enumerate(report.frontiers.items())
+        },
         win_rates=Markup(plots.win_rates(report.win_rates, palette)) if report.win_rates else "",
         tones={label: css_colour(colour) for label, colour in palette.items()},
         light={name: colour for colour, name in VARIABLES.items()},
@@ -99,7 +103,8 @@ def _palette(report: RunReport) -> dict[str, str]:
 
     A report that compares no models has its series coloured instead.
     """
-    models: list[Any] = [*report.frontier, *(bar for bar in report.win_rates if not bar.control)]
+    points = [*report.frontier, *(point for panel in report.frontiers.values() for point in panel)]
+    models: list[Any] = [*points, *(bar for bar in report.win_rates if not bar.control)]
     answers = [name for sample in report.samples for name in sample.outputs]
     named = [*(model.label for model in models), *answers]
     series = [name for panel in report.curves.values() for name in panel if name not in set(named)]

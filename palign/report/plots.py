@@ -62,12 +62,13 @@ def learning_curves(
     return drawn
 
 
-def frontier(points: Sequence[FrontierPoint], palette: Mapping[str, str] | None = None) -> str:
+def frontier(points: Sequence[FrontierPoint], palette: Mapping[str, str] | None = None, name: str = "frontier") -> str:
     """Draws gold reward against KL: a dot with its intervals per model, and the way that training took to it.
 
     Args:
         points: The models. Those without a finite KL and gold reward are left out.
         palette: Label -> colour; by order if None.
+        name: Of the picture; unique on the page.
 
     Returns:
         The SVG.
@@ -92,7 +93,7 @@ def frontier(points: Sequence[FrontierPoint], palette: Mapping[str, str] | None 
         axes.xaxis.set_major_locator(MaxNLocator(6))
         _label_points(axes, points, palette)
         description = "Gold reward against KL to the reference for " + ", ".join(point.label for point in points)
-        return inline_svg(figure, "frontier", description)
+        return inline_svg(figure, name, description)
 
 
 def win_rates(bars: Sequence[WinRate], palette: Mapping[str, str] | None = None, baseline: str = "SFT") -> str:

@@ -40,7 +40,7 @@ def test_early_methods_come_before_late_ones_and_middles_before_the_rest_of_the_
     assert names == [
         *(f"seed-{seed}/{folder}" for seed in (0, 1) for folder in early),
         "seed-0/04-simpo", "seed-1/04-simpo",
-        *(f"seed-{seed}/05-dpo-beta-{beta}" for seed in (0, 1) for beta in (0.25, 1)),
+        *(f"seed-{seed}/05-dpo-beta-{beta}" for beta in (0.25, 1) for seed in (0, 1)),
     ]  # fmt: skip
 
 
