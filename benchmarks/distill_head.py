@@ -72,7 +72,7 @@ def draw_inputs(targets: int, width: int, vocab: int) -> Inputs:
     kernel = 2 / width**0.5 * jax.random.normal(next(keys), (width, vocab))
     others = [hidden + 0.3 * jax.random.normal(next(keys), hidden.shape) for _ in range(2)]
     kernels = [kernel + 0.1 / width**0.5 * jax.random.normal(next(keys), kernel.shape) for _ in range(2)]
-    return Inputs((hidden, *others), (kernel, *kernels))
+    return jax.block_until_ready(Inputs((hidden, *others), (kernel, *kernels)))
 
 
 def abstract_inputs(targets: int, width: int, vocab: int) -> Inputs:
@@ -113,7 +113,7 @@ def textbook(x, w, frozen: Inputs):
 
 
 def official_in_torch(inputs: Inputs) -> Callable[[], tuple[Any, Any, Any]]:
-    """The official trainer's `aligndistil` mode, as LOSSES 1.2 tells it, on tensors that hold the same numbers."""
+    """The official trainer's formulas for AlignDistil, on tensors that hold the same numbers."""
     torch.set_num_threads(os.cpu_count() or 1)  # as many as XLA takes
     hidden, kernels = ([torch.from_numpy(np.array(x)) for x in group] for group in inputs)
     x, w = hidden[0].requires_grad_(), kernels[0].requires_grad_()
