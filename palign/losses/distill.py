@@ -755,7 +755,7 @@ def _kl_and_slope(
     """Return KL(P || Q) of two softmaxes, and its gradient with respect to the logits of P, in closed form."""
     p, q = _partition(first), _partition(second)
     ratio, normaliser = _log_ratio(first, second, p, q), p.log_sum - q.log_sum
-    # The normaliser of P after the sum, for the reader of XLA's fusions: one exponential less.
+    # Normalised after the sum: with probabilities in it XLA on CPU would hold one array of logits' size more.
     value = jnp.sum(jnp.exp(floored(first) - p.top) * ratio, axis=-1, keepdims=True) * jnp.exp(-p.log_sum) - normaliser
     return value[..., 0], _softmax(first, p) * (ratio - (normaliser + value))
 
