@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -146,35 +146,35 @@ def diagnose(
     Raises:
         ValueError: an unknown name, something that is read and was not given, or a wrong shape.
     """
-    wanted = needs(names)
+    given = {"reference_logps": reference_logps, "hidden_sums": hidden_sums, "sequence_kl": sequence_kl}
+    wanted = dict(zip(given, needs(names), strict=True))
     by_slot = {"policy_logps": policy_logps, "lengths": lengths}
-    if wanted.reference:
-        by_slot["reference_logps"] = reference_logps
-    if wanted.hidden:
-        by_slot["hidden_sums"] = hidden_sums
-    if wanted.kl:
-        by_slot["sequence_kl"] = sequence_kl
+    by_slot |= {name: array for name, array in given.items() if wanted[name]}
     _check_by_slot(names, by_slot, batch)
-    by_slot = jax.lax.stop_gradient(by_slot)
-    at = {name: at_pairs(values, batch) for name, values in by_slot.items()}
-    pairs = Pairs(
-        at["policy_logps"],
-        jnp.maximum(at["lengths"], 1).astype(jnp.float32),
-        at.get("reference_logps"),
-        at.get("hidden_sums"),
-        jax.lax.stop_gradient(jnp.asarray(beta, jnp.float32)),
-    )
-    kl = by_slot["sequence_kl"][:, 1:].reshape(-1) if wanted.kl else None
-    examples = {
-        Pairs: (pairs, batch.pairs[..., 0].reshape(-1) > 0),
-        Lists: _lists(by_slot["policy_logps"], batch),
-        Responses: (Responses(kl), batch.valid.reshape(-1)),
-    }
+    examples = _examples(jax.lax.stop_gradient(by_slot), batch, jax.lax.stop_gradient(jnp.asarray(beta, jnp.float32)))
     means = {}
     for name in names:
         made_of, counted = examples[DIAGNOSTICS[name].about]
         means[name] = _mean(DIAGNOSTICS[name].values(made_of), counted)
     return means
+
+
+def _examples(by_slot: dict[str, Array], batch: Batch, beta: Array) -> dict[type, tuple[Any, Array]]:
+    """The pairs, lists and responses of a batch, and which of each count."""
+    at = {name: at_pairs(values, batch) for name, values in by_slot.items() if name != "sequence_kl"}
+    pairs = Pairs(
+        at["policy_logps"],
+        jnp.maximum(at["lengths"], 1).astype(jnp.float32),
+        at.get("reference_logps"),
+        at.get("hidden_sums"),
+        beta,
+    )
+    kl = by_slot["sequence_kl"][:, 1:].reshape(-1) if "sequence_kl" in by_slot else None
+    return {
+        Pairs: (pairs, batch.pairs[..., 0].reshape(-1) > 0),
+        Lists: _lists(by_slot["policy_logps"], batch),
+        Responses: (Responses(kl), batch.valid.reshape(-1)),
+    }
 
 
 def at_pairs(by_slot: Array, batch: Batch) -> Array:
