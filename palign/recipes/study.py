@@ -9,6 +9,7 @@ import json
 import pathlib
 import shutil
 import time
+import zlib
 from typing import Any
 
 from palign.config.load import resolve_run
@@ -157,14 +158,14 @@ def _write_data(bench: Bench, job: Job) -> None:
 
 
 def _measure(bench: Bench, job: Job) -> Result:
-    place, heldout = bench.place(job), bench.heldout(job.seed)
+    place, heldout, seed = bench.place(job), bench.heldout(job.seed), zlib.crc32(job.name.encode())
     if job.method == SFT:
-        return measure(place, heldout, ())
+        return measure(place, heldout, (), seed=seed)
     if job.method == REVERSE_DPO:
-        return measure(place, heldout, checkpoint_steps(place), dpo=bench.source(job.seed, DPO))
+        return measure(place, heldout, checkpoint_steps(place), seed=seed, dpo=bench.source(job.seed, DPO))
     method = bench.config.methods[job.method]
     beta = {**method.hyper, **job.setting}["beta"] if method.loss == DPO else None
-    return measure(place, heldout, checkpoint_steps(place), beta=beta)
+    return measure(place, heldout, checkpoint_steps(place), seed=seed, beta=beta)
 
 
 def _plain(result: Result | None) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from palign.recipes.study_config import StudyConfig
 from palign.recipes.world_runs import as_rows, draw, golds, kl_of_samples, one_device, trees
 from palign.train.sources import Loaded, load_run
 
-POLICY_SEED, PAIR_SEED = 13, 1000  # of the sampler
+CURVE_SEED, PAIR_SEED = 13, 1000  # of the sampler; all checkpoints draw with the same numbers, which steadies curves
 
 # For each prompt, one array [tokens] for each of its samples.
 Tokens = list[tuple[np.ndarray, ...]]
@@ -119,6 +119,7 @@ def measure(
     heldout: Heldout,
     steps: Sequence[int],
     *,
+    seed: int,
     beta: float | None = None,
     dpo: pathlib.Path | None = None,
 ) -> Result:
@@ -128,11 +129,12 @@ def measure(
         place: its workdir.
         heldout: of its seed.
         steps: the checkpoints that its curve goes through.
+        seed: of the test samples, its own: wins are counted between models that draw independently.
         beta: where the run is DPO, its beta: for the idealised accuracy.
         dpo: where the run is reverse DPO, the workdir of DPO: for the contrastive reward.
     """
     policy = load_run(str(place))
-    drawn = draw(policy, heldout.test, samples=1, seed=POLICY_SEED)
+    drawn = draw(policy, heldout.test, samples=1, seed=seed)
     texts = [row[0].text.strip() for row in drawn]
     logps = _pair_logps(policy, heldout)
     now, before = _in_order(logps, heldout), _in_order(heldout.logps, heldout)
@@ -172,7 +174,7 @@ def correlations(values: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
 
 
 def _point(policy: Loaded, sft: Loaded, prompts: Sequence[str], step: int) -> Point:
-    drawn = draw(policy, prompts, samples=1, seed=POLICY_SEED)
+    drawn = draw(policy, prompts, samples=1, seed=CURVE_SEED)
     valid = [world.is_grammatical(row[0].text.strip()) for row in drawn]
     kl = 0.0 if policy is sft else _mean(kl_of_samples(policy, sft, prompts, drawn))
     return Point(step, kl, _mean(golds(prompts, drawn)), _mean(valid))
