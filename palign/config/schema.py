@@ -172,7 +172,7 @@ class ObjectiveConfig:
     reference: str = "live"  # live, cached (log-probabilities per target, before training), none
     teachers: str = "live"  # live, cached (distillation's frozen models: hidden states per target, before training)
     hyper: Mapping[str, float] = dataclasses.field(default_factory=dict)  # any other key of config.objective
-    head_chunk: int = 512  # targets whose logits exist at a time
+    head_chunk: int = 256  # targets whose logits exist at a time
     diagnostics: tuple[str, ...] = ()  # names in palign.eval.diagnostics.DIAGNOSTICS, logged with the metrics
 
     def __post_init__(self) -> None:

@@ -209,7 +209,8 @@ def test_the_study_runs_from_end_to_end_and_a_second_time_trains_nothing(tmp_pat
     assert FETCHES.findall(page.read_text()) == []
     found = {entry.job.folder: entry.result for entry in entries if entry.job.seed == 0}
     sft, reverse = found["01-sft"], found["03-reverse"]
-    assert (sft.kl, sft.rewards, sft.chosen_change, len(sft.curve)) == (0.0, None, 0.0, 1)
+    assert (sft.rewards, sft.chosen_change, len(sft.curve)) == (None, 0.0, 1)
+    np.testing.assert_allclose(sft.kl, 0.0, atol=1e-4)  # a sum over the tokens of a response, each an ulp or two
     assert reverse.contrastive is not None and found["03-dpo"].idealised is not None
     assert [point.step for point in found["03-dpo"].curve] == [0, 2, 4] and found["03-dpo"].kl > 0
     files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
