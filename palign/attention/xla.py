@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from palign.sharding.mesh import ROWS, SHARED, over_rows
+from palign.sharding.mesh import HEADS, ROWS, SHARED, over_rows, tensor_size
 
 NEVER = -1e30  # a score no softmax sees; finite, so that differences of two of them are 0 and not NaN
 
@@ -84,7 +84,15 @@ def attend(
         The attended values in `query`'s dtype; sums are accumulated in float32.
     """
     tokens = _Tokens(position, group, branch, block_pairs)
+    key, value = spread_key_heads(key), spread_key_heads(value)
     return _attend(_Static(scale, softcap, chunk), query, key, value, tokens, jnp.asarray(window, jnp.int32))
+
+
+def spread_key_heads(x: Float[Array, "R T J D"]) -> Float[Array, "R T J2 D"]:
+    """Repeats key heads until the tensor axis divides them: a device then has those that its query heads read."""
+    heads = x.shape[2]
+    copies = math.lcm(heads, tensor_size()) // heads
+    return jnp.repeat(x, copies, axis=2) if copies > 1 else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -93,13 +101,13 @@ def _attend(static, query, key, value, tokens, window):
 
 
 def _attend_forward(static, query, key, value, tokens, window):
-    run = over_rows(functools.partial(_forward_rows, static), (ROWS, ROWS, ROWS, ROWS, SHARED), (ROWS, ROWS))
+    run = over_rows(functools.partial(_forward_rows, static), (*(HEADS,) * 3, ROWS, SHARED), HEADS)
     output, lse = run(query, key, value, tokens, window)
     return output, (query, key, value, tokens, window, output, lse)
 
 
 def _attend_backward(static, saved, cotangent):
-    run = over_rows(functools.partial(_backward_rows, static), (ROWS, ROWS, ROWS, ROWS, SHARED, *(ROWS,) * 3), ROWS)
+    run = over_rows(functools.partial(_backward_rows, static), (*(HEADS,) * 3, ROWS, SHARED, *(HEADS,) * 3), HEADS)
     return (*run(*saved, cotangent), None, None)
 
 

@@ -266,10 +266,21 @@ class RolloutConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices: copies of the weights times pieces of each copy; -1 = what the other leaves."""
+    """Devices: the axes' sizes multiply to their number; one may be -1 = what the others leave."""
 
-    data: int = -1
-    fsdp: int = 1
+    data: int = -1  # copies of the weights
+    fsdp: int = 1  # pieces of a copy, gathered layer by layer
+    context: int = 1  # pieces of a row
+    tensor: int = 1  # pieces of heads, feed-forward width and vocabulary
+    dcn_data: int = 1  # slices that `data` spans
+    dcn_fsdp: int = 1  # slices that `fsdp` spans
+
+    def __post_init__(self) -> None:
+        """Checks ranges."""
+        _positive("mesh", self, "dcn_data", "dcn_fsdp")
+        for name in ("data", "fsdp", "context", "tensor"):
+            size = getattr(self, name)
+            _require(size == -1 or size > 0, f"mesh.{name}", size, "a number above 0, or -1 (what the others leave)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

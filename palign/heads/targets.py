@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from palign.sharding.mesh import ROWS, TENSOR_AXIS, over_rows, over_tensor
+from palign.sharding.mesh import ROWS, TENSOR_AXIS, over_rows, over_tensor, tensor_size
 from palign.types import Array, Batch, Unembedding
 
 PADDED_LOGIT = -1e30  # of vocabulary entries that are padding: finite, so that differences are 0 and not NaN
@@ -102,7 +102,7 @@ def pack_arguments(
 
 
 def _check_divides(vocabulary: int) -> None:
-    devices = dict(jax.sharding.get_abstract_mesh().shape).get(TENSOR_AXIS, 1)
+    devices = tensor_size()
     if vocabulary % devices:
         raise ValueError(
             f"heads: mesh axis {TENSOR_AXIS!r} = {devices} does not divide an unembedding of {vocabulary} columns; "

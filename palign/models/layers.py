@@ -1,9 +1,11 @@
 """The parts of the decoder.
 
-Suffixes name the axes: R rows, T tokens, D width, H heads, J key heads, E head width, F feed-forward width.
+Suffixes name the axes, letters of einsums too: R rows, T tokens, D width, H heads, J key heads, E head width,
+F feed-forward width, V vocabulary.
 
 Parameters are plain arrays without partition boxes; which mesh axis cuts them is decided from their path
-(`palign.sharding.rules`). A cut weight is gathered explicitly, in the compute dtype, where it is used.
+(`palign.sharding.rules`). A weight is gathered over `fsdp` explicitly, in the compute dtype, where it is used; what the
+mesh axis `tensor` cuts stays cut, weights and activations alike, and sums over a cut axis are added up between devices.
 """
 
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from palign.config.schema import ModelConfig
-from palign.sharding.mesh import SHARED, constrain
+from palign.sharding.rules import in_use
 
 ACTIVATIONS: dict[str, Callable] = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 
@@ -59,7 +61,9 @@ class Linear(nn.Module):
         )
         param_dtype = jnp.dtype(self.config.param_dtype)
         kernel = self.param("kernel", start, self.shape, param_dtype)
-        y = jnp.einsum(self.equation, x, constrain(kernel.astype(self.dtype), SHARED))
+        operands, result = self.equation.split("->")
+        kernel = in_use(kernel.astype(self.dtype), operands.split(",")[1])
+        y = in_use(jnp.einsum(self.equation, x, kernel), result)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros_init(), self.shape[self.num_in :], param_dtype)
             y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
@@ -88,12 +92,11 @@ class Attention(nn.Module):
         c = self.config
         width = c.head_width
 
-        def project(name, heads):
-            return Linear(c, "rtd,dhe->rthe", (c.dim, heads, width), self.dtype, bias=c.attention_bias, name=name)(
-                x_RTD
-            )
+        def project(name, equation, heads):
+            return Linear(c, equation, (c.dim, heads, width), self.dtype, bias=c.attention_bias, name=name)(x_RTD)
 
-        q, k, v = project("query", c.num_heads), project("key", c.num_key_heads), project("value", c.num_key_heads)
+        q = project("query", "rtd,dhe->rthe", c.num_heads)
+        k, v = (project(name, "rtd,dje->rtje", c.num_key_heads) for name in ("key", "value"))
         if c.qk_norm:
             q, k = RMSNorm(c, name="query_norm")(q), RMSNorm(c, name="key_norm")(k)
         q = rotate(q, context.position, layer.inverse_frequency)

@@ -21,7 +21,7 @@ from palign.models.config import LayerTables, compute_dtype, layer_tables, padde
 from palign.models.layers import Block, RMSNorm
 from palign.models.protocol import Cache, LanguageModel, Params
 from palign.models.value_head import add_value_head
-from palign.sharding.mesh import SHARED, constrain
+from palign.sharding.rules import in_use
 from palign.types import Batch, Unembedding
 
 PREFILL_BLOCK = 64
@@ -101,7 +101,8 @@ class Transformer(nn.Module):
         embedding = self.param("embedding", nn.initializers.normal(0.02), (vocabulary, c.dim), param_dtype)
         if not c.tie_embedding:
             self.param("unembedding", nn.initializers.normal(0.02), (c.dim, vocabulary), param_dtype)
-        x = constrain(embedding.astype(self.dtype), SHARED)[token_RT] * jnp.asarray(c.embedding_scale, self.dtype)
+        x = in_use(in_use(embedding.astype(self.dtype), "vd")[token_RT], "rtd")
+        x = x * jnp.asarray(c.embedding_scale, self.dtype)
         tables = jax.tree.map(jnp.asarray, layer_tables(c))
         # The scan is one while loop: XLA cannot merge the recomputation with the forward pass, so CSE is no danger.
         block = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block

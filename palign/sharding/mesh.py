@@ -4,56 +4,99 @@ Rows of a batch are spread over the axes in `ROW_AXES`. Attention and the heads 
 automatic partitioning turns into collectives over whole activations, so they run under `over_rows` instead: each device
 sees its rows only, and what must be added up across devices is added with `sum_over_rows`.
 
-A mesh may have one more axis, `TENSOR_AXIS`, over which single arrays are cut. It stays automatic, inside `over_rows`
-too: what is cut along it is said with `over_tensor`, and the compiler adds the collectives.
+A mesh may have one more axis, `TENSOR_AXIS`, over which single arrays are cut. Attention sees its own heads only
+(`HEADS`). For the heads of the vocabulary the axis stays automatic, inside `over_rows` too: what is cut along it is
+said with `over_tensor`, and the compiler adds the collectives.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 ROW_AXES = ("data", "fsdp")
-ROWS = P(ROW_AXES)
-SHARED = P()
 TENSOR_AXIS = "tensor"
+ROWS = P(ROW_AXES)
+HEADS = P(ROW_AXES, None, TENSOR_AXIS)  # of arrays whose third dimension is the attention heads
+SHARED = P()
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
-    """Builds a mesh with axes `data` (copies of the weights), `fsdp` (the weights cut into pieces) and maybe `tensor`.
+def make_mesh(
+    *,
+    data: int = -1,
+    fsdp: int = 1,
+    context: int = 1,
+    tensor: int = 1,
+    dcn_data: int = 1,
+    dcn_fsdp: int = 1,
+    devices: list[jax.Device] | None = None,
+) -> Mesh:
+    """Builds a mesh with axes `data` and `fsdp`, and `tensor` where it is more than 1.
+
+    One of the axes may be -1 and takes all devices that the others leave. Neighbours along the last axes have the
+    fastest links: the devices' order follows the machine's topology (`jax.experimental.mesh_utils`).
 
     Args:
-        data: how many copies; -1 takes all devices that the others leave.
-        fsdp: over how many devices the weights are cut; -1 takes all devices that the others leave.
-        tensor: over how many neighbouring devices the vocabulary is cut; at 1 the mesh has no such axis.
+        data: copies of the weights.
+        fsdp: over how many devices each copy is cut, to be gathered layer by layer.
+        context: over how many devices a row is cut; only 1 so far.
+        tensor: over how many devices heads, the feed-forward width and the vocabulary are cut.
+        dcn_data: how many slices (groups of devices with fast links inside) `data` spans.
+        dcn_fsdp: how many slices `fsdp` spans.
         devices: the devices to use, all by default.
 
     Raises:
-        ValueError: the axes do not multiply to the number of devices.
+        ValueError: the axes do not multiply to the number of devices, or do not span its slices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = {"data": data, "fsdp": fsdp} | ({TENSOR_AXIS: tensor} if tensor != 1 else {})
-    free = [name for name, size in shape.items() if size == -1]
-    fixed = math.prod(size for size in shape.values() if size != -1)
-    if len(free) > 1:
-        raise ValueError("config.mesh: both data and fsdp are -1, so neither can be inferred; set one of them")
-    if free and len(devices) % fixed == 0:
-        shape[free[0]] = len(devices) // fixed
-    if math.prod(shape.values()) != len(devices):
-        raise ValueError(
-            f"config.mesh: data={data}, fsdp={fsdp}, tensor={tensor} does not make {len(devices)} devices; "
-            "set data or fsdp to -1 to take what the others leave"
-        )
-    grid = np.asarray(devices).reshape(tuple(shape.values()))
+    if context != 1:
+        raise ValueError(f"config.mesh.context = {context}: rows cannot be cut over devices yet; use 1")
+    sizes = _infer_sizes({"data": data, "fsdp": fsdp, TENSOR_AXIS: tensor}, len(devices))
+    shape = {name: size for name, size in sizes.items() if name in ROW_AXES or size > 1}
+    grid = _arrange(shape, {"data": dcn_data, "fsdp": dcn_fsdp}, devices)
     # Auto axes: the default (Explicit) turns with_sharding_constraint into an assertion.
     return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
-def num_row_shards(mesh: Mesh) -> int:
+def _infer_sizes(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"config.mesh: {' and '.join(free)} are -1, and only one can be inferred; set the others")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    inferred = {name: num_devices // fixed for name in free if fixed and num_devices % fixed == 0}
+    if math.prod((sizes | inferred).values()) != num_devices:
+        given = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(
+            f"config.mesh: {given} does not make {num_devices} devices; "
+            "set one of them to -1 to take what the others leave"
+        )
+    return sizes | inferred
+
+
+def _arrange(shape: Mapping[str, int], slices: Mapping[str, int], devices: list[jax.Device]) -> np.ndarray:
+    """Puts devices in an order in which neighbours along the last axes have the fastest links."""
+    spanned, found = math.prod(slices.values()), len({getattr(device, "slice_index", None) for device in devices})
+    if spanned == 1 and (found == 1 or devices[0].platform != "tpu"):
+        return mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
+    if spanned != found:
+        given = ", ".join(f"dcn_{name}={size}" for name, size in slices.items())
+        raise ValueError(
+            f"config.mesh: {given} is for {spanned} slices, and the devices form {found}; expected {found}"
+        )
+    for name, size in slices.items():
+        if shape[name] % size:
+            raise ValueError(f"config.mesh.dcn_{name} = {size}: expected a divisor of {name} = {shape[name]}")
+    outer = [slices.get(name, 1) for name in shape]
+    inner = [size // slices.get(name, 1) for name, size in shape.items()]
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+
+
+def num_row_shards(mesh: Mesh | AbstractMesh) -> int:
     """Over how many devices the rows of a batch are spread."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
@@ -80,32 +123,45 @@ def in_mesh() -> bool:
 def over_rows(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
     """Runs `function` on each device's own rows; without a mesh it is `function` itself.
 
-    Other axes of the mesh stay automatic inside it: the compiler spreads the work over them as shardings say.
+    Axes of the mesh that no spec names stay automatic inside it: the compiler spreads the work over them as shardings
+    say.
 
     Args:
-        function: pure, sees the local rows of the arguments marked `ROWS` and the whole of those marked `SHARED`.
-        in_specs: `ROWS` or `SHARED` per argument (a prefix of its tree).
+        function: pure, sees the local rows of the arguments marked `ROWS`, of those marked `HEADS` the local heads of
+            its rows, and the whole of those marked `SHARED`.
+        in_specs: `ROWS`, `HEADS` or `SHARED` per argument (a prefix of its tree).
         out_specs: the same for the results; a `SHARED` result must be equal on all devices (`sum_over_rows`).
     """
     if not in_mesh():
         return function
+    names = jax.sharding.get_abstract_mesh().axis_names
+    leaf = lambda x: isinstance(x, P)
+
+    def present(spec):
+        return P(*(None if isinstance(axis, str) and axis not in names else axis for axis in spec))
+
+    specs = in_specs, out_specs = jax.tree.map(present, (in_specs, out_specs), is_leaf=leaf)
+    named = {axis for spec in jax.tree.leaves(specs, is_leaf=leaf) for axis in spec if isinstance(axis, str)}
     # Never differentiated through (its callers are custom_vjp), so the replication check buys nothing.
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=set(ROW_AXES), check_vma=False)
+    return jax.shard_map(
+        function, in_specs=in_specs, out_specs=out_specs, axis_names={*ROW_AXES, *named}, check_vma=False
+    )
 
 
 def sum_over_rows(tree: Any) -> Any:
     """Adds values over the devices that hold rows; call it inside `over_rows`."""
-    return jax.lax.psum(tree, ROW_AXES) if in_mesh() else tree
+    mesh = jax.sharding.get_abstract_mesh()
+    # A sum over one device beside an automatic axis is refused by XLA's partitioner (jax 0.10).
+    return jax.lax.psum(tree, ROW_AXES) if not mesh.empty and num_row_shards(mesh) > 1 else tree
+
+
+def tensor_size() -> int:
+    """Over how many devices single arrays are cut."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get(TENSOR_AXIS, 1)
 
 
 def over_tensor(array: jax.Array) -> jax.Array:
     """Cuts an array's last dimension over the tensor axis, where the mesh has one; it must divide the dimension."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if TENSOR_AXIS not in mesh.axis_names:
+    if tensor_size() == 1:
         return array
     return jax.lax.with_sharding_constraint(array, P(*(P.UNCONSTRAINED,) * (array.ndim - 1), TENSOR_AXIS))
-
-
-def constrain(array: jax.Array, spec: P) -> jax.Array:
-    """`with_sharding_constraint` where there is a mesh."""
-    return jax.lax.with_sharding_constraint(array, spec) if in_mesh() else array

@@ -1,18 +1,27 @@
-"""Where parameters live: two tables, from a parameter's path to logical axes, and from logical axes to mesh axes."""
+"""Where arrays live: two tables, from a parameter's path to logical axes, and from logical axes to mesh axes.
 
+Where a layer uses them, weights are whole over `fsdp`, and weights and activations are cut as `USE_AXES` says.
+"""
+
+import math
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from palign.sharding.mesh import ROW_AXES, TENSOR_AXIS
+
 # Path (a full match) -> the logical axis of every dimension. Exactly one rule must match.
 PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"embedding", ("vocab", "embed")),
     (r"unembedding", ("embed", "vocab")),
-    (r"layers/attention/(query|key|value)/kernel", ("layers", "embed", "heads", "head_dim")),
-    (r"layers/attention/(query|key|value)/bias", ("layers", "heads", "head_dim")),
+    (r"layers/attention/query/kernel", ("layers", "embed", "heads", "head_dim")),
+    (r"layers/attention/query/bias", ("layers", "heads", "head_dim")),
+    (r"layers/attention/(key|value)/kernel", ("layers", "embed", "key_heads", "head_dim")),
+    (r"layers/attention/(key|value)/bias", ("layers", "key_heads", "head_dim")),
     (r"layers/attention/output/kernel", ("layers", "heads", "head_dim", "embed")),
     (r"layers/attention/(query_norm|key_norm)/scale", ("layers", "head_dim")),
     (r"layers/mlp/(gate|up)/kernel", ("layers", "embed", "mlp")),
@@ -23,7 +32,17 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 # Logical axis -> the mesh axis that cuts it; what is not here is not cut.
-MESH_AXES: dict[str, str] = {"embed": "fsdp"}
+MESH_AXES: dict[str, str] = {
+    "embed": "fsdp",
+    "vocab": TENSOR_AXIS,
+    "heads": TENSOR_AXIS,
+    "key_heads": TENSOR_AXIS,
+    "mlp": TENSOR_AXIS,
+}
+WHOLE_IF_INDIVISIBLE = {"key_heads"}  # they may be fewer than the devices: then each device has them all
+
+# Letter of an einsum -> the mesh axes that cut that dimension of an array in use.
+USE_AXES: dict[str, tuple[str, ...]] = {"r": ROW_AXES, **dict.fromkeys("hjfv", (TENSOR_AXIS,))}
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -49,25 +68,58 @@ def parameter_shardings(mesh: Mesh, shapes: Any) -> Any:
     """A sharding for every parameter, from its path.
 
     Args:
-        mesh: with the axes named in `MESH_AXES`.
+        mesh: any; axes of `MESH_AXES` that it does not have cut nothing.
         shapes: a tree of arrays or `jax.ShapeDtypeStruct`s.
 
     Raises:
-        ValueError: a parameter without a rule, or a dimension that its mesh axis does not divide.
+        ValueError: a parameter without a rule, one that a mesh axis would cut twice, or a dimension that its mesh axis
+            does not divide.
     """
 
     def place(path, leaf):
         name = path_name(path)
-        axes = logical_axes(name)
-        if len(axes) != len(leaf.shape):
-            raise ValueError(f"parameter {name!r} has shape {leaf.shape}, its rule names {len(axes)} axes: {axes}")
-        spec = [MESH_AXES.get(axis) for axis in axes]
-        for axis, mesh_axis, size in zip(axes, spec, leaf.shape, strict=True):
-            if mesh_axis and size % mesh.shape[mesh_axis]:
-                raise ValueError(
-                    f"config.mesh.{mesh_axis} = {mesh.shape[mesh_axis]} does not divide axis {axis!r} of parameter "
-                    f"{name!r}, {size} long; choose a divisor"
-                )
-        return NamedSharding(mesh, P(*spec))
+        return NamedSharding(mesh, P(*_cut(mesh.shape, name, logical_axes(name), leaf.shape)))
 
     return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def _cut(mesh_shape: Mapping[str, int], name: str, axes: Sequence[str], shape: Sequence[int]) -> list[str | None]:
+    """The mesh axis of every dimension of a parameter."""
+    if len(axes) != len(shape):
+        raise ValueError(f"parameter {name!r} has shape {shape}, its rule names {len(axes)} axes: {axes}")
+    cut: list[str | None] = []
+    for axis, size in zip(axes, shape, strict=True):
+        mesh_axis = MESH_AXES.get(axis, "")
+        devices = mesh_shape.get(mesh_axis, 1)
+        if mesh_axis not in mesh_shape or (size % devices and axis in WHOLE_IF_INDIVISIBLE):
+            cut.append(None)
+            continue
+        if size % devices:
+            remedy = ", or a multiple of it as config.model.vocab_multiple" if axis == "vocab" else ""
+            raise ValueError(
+                f"config.mesh.{mesh_axis} = {devices} does not divide axis {axis!r} of parameter {name!r}, "
+                f"{size} long; choose a divisor{remedy}"
+            )
+        if mesh_axis in cut:
+            raise ValueError(
+                f"parameter {name!r}: mesh axis {mesh_axis!r} would cut both {axes[cut.index(mesh_axis)]!r} and "
+                f"{axis!r}; give one of them another mesh axis in palign.sharding.rules.MESH_AXES, or none"
+            )
+        cut.append(mesh_axis)
+    return cut
+
+
+def in_use(array: jax.Array, letters: str) -> jax.Array:
+    """Places an array where it is used, as `USE_AXES` says of its einsum letters; without a mesh nothing happens.
+
+    A weight is gathered over `fsdp` here; a dimension that its mesh axes do not divide stays whole.
+    """
+    mesh_shape = dict(jax.sharding.get_abstract_mesh().shape)
+    if not mesh_shape:
+        return array
+
+    def cut(letter, size):
+        axes = tuple(axis for axis in USE_AXES.get(letter, ()) if axis in mesh_shape)
+        return axes if size % math.prod(mesh_shape[axis] for axis in axes) == 0 else None
+
+    return jax.lax.with_sharding_constraint(array, P(*map(cut, letters, array.shape)))

@@ -21,11 +21,11 @@ from palign.objectives.base import REFERENCE, Forward, Needs, Objective, lengths
 from palign.objectives.compose import Diagnosis, make_objective
 from palign.objectives.readings import WEIGHTS, policy_sums, reference_sums
 from palign.objectives.registry import find_method, needs_of, resolve_methods
-from palign.sharding.mesh import make_mesh, num_row_shards, to_global
+from palign.sharding.mesh import TENSOR_AXIS, make_mesh, num_row_shards, to_global
 from palign.sharding.rules import parameter_shardings
 from palign.train.cached import cache_hidden, cache_reference
 from palign.train.matching import match_prompts
-from palign.train.metrics import add, to_floats
+from palign.train.metrics import add, say, to_floats
 from palign.train.optimizer import make_optimizer
 from palign.train.prepare import Prepared, has_preference, prepare, with_vocabulary
 from palign.train.sources import CONFIG, Source, find_source, load_policy, load_source, without_value_head
@@ -63,8 +63,9 @@ def build(config: RunConfig, workdir: pathlib.Path) -> tuple[Run, TrainState]:
     _check_tokenizers(data.tokenizer, sources)
     _check_preferences(config, data)
     config = with_vocabulary(config, data.tokenizer)
-    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
     _check_rows(config, mesh)
+    _say_what_stays_whole(config, mesh)
     made, state = assemble(config, workdir, mesh, data, sources)
     _check_best_metric(made, state)
     (workdir / CONFIG).write_text(json.dumps(to_plain(config), indent=1))  # last: what was refused has not begun
@@ -127,6 +128,15 @@ def _check_rows(config: RunConfig, mesh: Mesh) -> None:
             f"config.data.rows_per_step = {config.data.rows_per_step} in {config.data.micro_batches} micro-batches "
             f"gives {rows} rows, which {shards} devices (config.mesh) cannot share evenly; use a multiple of "
             f"{shards * config.data.micro_batches}"
+        )
+
+
+def _say_what_stays_whole(config: RunConfig, mesh: Mesh) -> None:
+    tensor, heads = mesh.shape.get(TENSOR_AXIS, 1), config.model.num_key_heads
+    if heads % tensor:
+        say(
+            f"config.mesh.tensor = {tensor} does not divide config.model.num_key_heads = {heads}: every device of the "
+            "axis holds all key and value weights"
         )
 
 

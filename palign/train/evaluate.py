@@ -38,7 +38,7 @@ def evaluate_run(name: str, path: str = "") -> dict[str, float]:
         data = data._replace(evals={"data": data.train.once()})
     if not data.evals:
         raise ValueError(f"{workdir}: the run held nothing out; name a file with --data")
-    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
     # Nothing is trained: neither where the policy began nor the schedule over these records matters.
     optimizer = dataclasses.replace(config.optimizer, schedule="constant", warmup_steps=0, warmup_ratio=None)
     config = dataclasses.replace(config, init_from="", optimizer=optimizer)

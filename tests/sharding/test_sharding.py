@@ -15,7 +15,6 @@ from palign.sharding import rules
 from palign.sharding.mesh import (
     ROWS,
     SHARED,
-    constrain,
     in_mesh,
     make_mesh,
     num_row_shards,
@@ -113,7 +112,7 @@ def test_a_mesh_that_does_not_make_the_devices_is_an_error(given):
 
 
 def test_two_open_axes_are_an_error():
-    with pytest.raises(ValueError, match="both data and fsdp are -1"):
+    with pytest.raises(ValueError, match="data and fsdp are -1, and only one can be inferred"):
         make_mesh(data=-1, fsdp=-1)
 
 
@@ -169,7 +168,7 @@ def test_over_rows_sees_local_rows_in_a_mesh_and_all_rows_without():
         return x * w[None], sum_over_rows(jnp.sum(x))
 
     run = lambda: jax.jit(lambda x, w: over_rows(function, (ROWS, SHARED), (ROWS, SHARED))(x, w))(x, w)
-    assert not in_mesh() and constrain(x, SHARED) is x
+    assert not in_mesh() and rules.in_use(x, "rd") is x
     alone = run()
     with jax.set_mesh(make_mesh(data=2, fsdp=4)), uncached():
         assert in_mesh()
