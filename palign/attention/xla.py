@@ -9,120 +9,33 @@ Array layout inside: blocks [n, J, S, D] with n = rows x blocks, J key heads, S 
 """
 
 import functools
-import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
-from palign.sharding.mesh import HEADS, ROWS, SHARED, over_rows, tensor_size
-
-NEVER = -1e30  # a score no softmax sees; finite, so that differences of two of them are 0 and not NaN
+from palign.attention.walk import NEVER, Kernel, make_walk, visible
 
 
-class _Static(NamedTuple):
-    """What is fixed at trace time."""
-
-    scale: float
-    softcap: float | None
-    chunk: int
-
-
-class _Tokens(NamedTuple):
-    """The row's ids, and the pairs that the rule touches."""
-
-    position: Array  # [R, T]
-    group: Array  # [R, T]
-    branch: Array  # [R, T]
-    block_pairs: Array  # [R, N, 2]
-
-
-class _Walk(NamedTuple):
-    """One device's rows as one list of block pairs."""
-
-    ids: Array  # [n, 3, block] position, group, branch
-    pairs: Array  # [rows * N + chunk, 2] blocks counted through the rows, padding last
-    num_pairs: Array  # []
-
-
-def attend(
-    query: Float[Array, "R T H D"],
-    key: Float[Array, "R T J D"],
-    value: Float[Array, "R T J D"],
-    position: Int[Array, "R T"],
-    group: Int[Array, "R T"],
-    branch: Int[Array, "R T"],
-    block_pairs: Int[Array, "R N 2"],
-    window: Int[Array, ""] | int,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    chunk: int = 16,
-) -> Float[Array, "R T H D"]:
-    """Attention under the tree rule, visiting only the listed block pairs.
-
-    Query q sees key k iff both are in the same `group` (> 0), `branch[k]` is 0 or `branch[q]`, and
-    `0 <= position[q] - position[k] < window`. Equal to `attention.dense.attend_dense` in value and gradient when the
-    list holds every pair of blocks that the rule touches (`attention.block_pairs.list_block_pairs`).
+@functools.cache
+def kernel(chunk: int = 16) -> Kernel:
+    """The form that runs everywhere.
 
     Args:
-        query: H heads; scores are `scale * query . key`.
-        key: J key heads, J divides H.
-        value: like `key`.
-        position: a token's position in its branch.
-        group: the prompt copy it belongs to; 0 is padding, whose output is 0.
-        branch: 0 for prompt tokens, k for response k.
-        block_pairs: sorted by query block, padding last as (last block, -1); N is the causal bound n (n + 1) / 2,
-            from which the block size T / n follows.
-        window: how far back a query sees, in positions; may be traced (a layer's own).
-        scale: what scores are multiplied by.
-        softcap: scores become `softcap * tanh(scores / softcap)`.
         chunk: block pairs per trip of the loop.
-
-    Returns:
-        The attended values in `query`'s dtype; sums are accumulated in float32.
     """
-    tokens = _Tokens(position, group, branch, block_pairs)
-    key, value = spread_key_heads(key), spread_key_heads(value)
-    return _attend(_Static(scale, softcap, chunk), query, key, value, tokens, jnp.asarray(window, jnp.int32))
+    return Kernel(functools.partial(_forward, chunk), functools.partial(_backward, chunk))
 
 
-def spread_key_heads(x: Float[Array, "R T J D"]) -> Float[Array, "R T J2 D"]:
-    """Repeats key heads until the tensor axis divides them: a device then has those that its query heads read."""
-    heads = x.shape[2]
-    copies = math.lcm(heads, tensor_size()) // heads
-    return jnp.repeat(x, copies, axis=2) if copies > 1 else x
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, query, key, value, tokens, window):
-    return _attend_forward(static, query, key, value, tokens, window)[0]
-
-
-def _attend_forward(static, query, key, value, tokens, window):
-    run = over_rows(functools.partial(_forward_rows, static), (*(HEADS,) * 3, ROWS, SHARED), HEADS)
-    output, lse = run(query, key, value, tokens, window)
-    return output, (query, key, value, tokens, window, output, lse)
-
-
-def _attend_backward(static, saved, cotangent):
-    run = over_rows(functools.partial(_backward_rows, static), (*(HEADS,) * 3, ROWS, SHARED, *(HEADS,) * 3), HEADS)
-    return (*run(*saved, cotangent), None, None)
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _forward_rows(static, query, key, value, tokens, window):
+def _forward(chunk, scoring, query, key, value, tokens, window):
     rows, length, heads, _ = query.shape
-    walk, block = _make_walk(static, tokens)
+    walk = make_walk(tokens, tail=chunk)
+    block = walk.ids.shape[-1]
     q, k, v = (_to_blocks(x, block, key.shape[2]) for x in (query, key, value))
 
     def visit(i, carry):
         output, top, total = carry
-        queries, keys, first, allowed = _chunk(static, walk, i, window, q.shape[2] // block)
-        scores = _scores(static, q[queries], k[keys])
+        queries, keys, first, allowed = _chunk(chunk, walk, i, window, q.shape[2] // block)
+        scores = _scores(scoring, q[queries], k[keys])
         scores = jnp.where(allowed, scores, NEVER)
         top_before = top[queries]
         top = top.at[queries].max(scores.max(-1))
@@ -137,93 +50,62 @@ def _forward_rows(static, query, key, value, tokens, window):
 
     shape = q.shape[:3]
     start = (jnp.zeros(q.shape, jnp.float32), jnp.full(shape, NEVER, jnp.float32), jnp.zeros(shape, jnp.float32))
-    output, top, total = jax.lax.fori_loop(0, _trips(static, walk), visit, start)
+    output, top, total = jax.lax.fori_loop(0, _trips(chunk, walk), visit, start)
     seen = total > 0
     output = jnp.where(seen[..., None], output / jnp.where(seen, total, 1.0)[..., None], 0.0)
     lse = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1.0)), 0.0)
     return _from_blocks(output, rows, length, heads).astype(query.dtype), lse.reshape(rows, -1, *shape[1:])
 
 
-def _backward_rows(static, query, key, value, tokens, window, output, lse, cotangent):
+def _backward(chunk, scoring, query, key, value, tokens, window, output, lse, cotangent):
     rows, length = query.shape[:2]
-    walk, block = _make_walk(static, tokens)
+    walk = make_walk(tokens, tail=chunk)
+    block = walk.ids.shape[-1]
     q, k, v, out, dout = (_to_blocks(x, block, key.shape[2]) for x in (query, key, value, output, cotangent))
     lse = lse.reshape(q.shape[:3])
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
 
     def visit(i, carry):
         dq, dk, dv = carry
-        queries, keys, _, allowed = _chunk(static, walk, i, window, q.shape[2] // block)
+        queries, keys, _, allowed = _chunk(chunk, walk, i, window, q.shape[2] // block)
         q_c, k_c, dout_c = q[queries], k[keys], dout[queries]
-        scores = _scores(static, q_c, k_c)
+        scores = _scores(scoring, q_c, k_c)
         weights = jnp.where(allowed, jnp.exp(jnp.where(allowed, scores, NEVER) - lse[queries][..., None]), 0.0)
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         dv = dv.at[keys].add(product("cjqk,cjqd->cjkd", weights.astype(dout_c.dtype), dout_c))
         dweights = product("cjqd,cjkd->cjqk", dout_c, v[keys])
         dscores = weights * (dweights - delta[queries][..., None])
-        if static.softcap is not None:
-            dscores = dscores * (1.0 - (scores / static.softcap) ** 2)
-        dscores = (dscores * static.scale).astype(q_c.dtype)
+        dscores = scoring.pull_back(scores, dscores).astype(q_c.dtype)
         dq = dq.at[queries].add(product("cjqk,cjkd->cjqd", dscores, k_c))
         dk = dk.at[keys].add(product("cjqk,cjqd->cjkd", dscores, q_c))
         return dq, dk, dv
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    gradients = jax.lax.fori_loop(0, _trips(static, walk), visit, start)
+    gradients = jax.lax.fori_loop(0, _trips(chunk, walk), visit, start)
     return tuple(
         _from_blocks(gradient, rows, length, x.shape[2]).astype(x.dtype)
         for gradient, x in zip(gradients, (query, key, value), strict=True)
     )
 
 
-def _make_walk(static, tokens):
-    """Puts the rows' lists together, padding last."""
-    rows, length = tokens.position.shape
-    block = _block_size(length, tokens.block_pairs.shape[1])
-    blocks = length // block
-    ids = jnp.stack([x.reshape(rows * blocks, block) for x in tokens[:3]], axis=1)
-    listed = (tokens.block_pairs[..., 1] >= 0).reshape(-1)
-    flat = (tokens.block_pairs + blocks * jnp.arange(rows, dtype=jnp.int32)[:, None, None]).reshape(-1, 2)
-    place = jnp.where(listed, jnp.cumsum(listed) - 1, listed.size + static.chunk)
-    pairs = jnp.zeros((listed.size + static.chunk, 2), jnp.int32).at[place].set(flat, mode="drop")
-    return _Walk(ids, pairs, listed.sum()), block
+def _trips(chunk, walk):
+    return (walk.num_pairs + chunk - 1) // chunk
 
 
-def _block_size(length, capacity):
-    """The block size that makes `capacity` the causal bound n (n + 1) / 2 of n = length / block blocks."""
-    blocks = (math.isqrt(8 * capacity + 1) - 1) // 2
-    if blocks * (blocks + 1) // 2 != capacity or length % blocks:
-        raise ValueError(
-            f"attend: {capacity} block pairs for rows of {length} tokens; expected n * (n + 1) / 2 with n dividing "
-            "the row length. Build the list with attention.block_pairs.list_block_pairs and its default capacity."
-        )
-    return length // blocks
-
-
-def _trips(static, walk):
-    return (walk.num_pairs + static.chunk - 1) // static.chunk
-
-
-def _chunk(static, walk, i, window, groups):
+def _chunk(chunk, walk, i, window, groups):
     """The i-th chunk: its blocks, which entries start a query block's run, and which (query, key) are allowed."""
-    pairs = jax.lax.dynamic_slice_in_dim(walk.pairs, i * static.chunk, static.chunk)
-    queries, keys = pairs[:, 0], pairs[:, 1]
-    live = i * static.chunk + jnp.arange(static.chunk) < walk.num_pairs
+    queries, keys = (jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk) for x in (walk.queries, walk.keys))
+    live = i * chunk + jnp.arange(chunk) < walk.num_pairs
     first = jnp.concatenate([jnp.ones(1, bool), queries[1:] != queries[:-1]])
-    (position_q, group_q, branch_q), (position_k, group_k, branch_k) = (
-        tuple(walk.ids[which, j] for j in range(3)) for which in (queries, keys)
-    )
-    distance = position_q[:, :, None] - position_k[:, None, :]
-    allowed = (group_q[:, :, None] == group_k[:, None, :]) & (group_q[:, :, None] > 0) & live[:, None, None]
-    allowed &= (branch_k[:, None, :] == 0) | (branch_k[:, None, :] == branch_q[:, :, None])
-    allowed &= (distance >= 0) & (distance < window)
+    query_ids = tuple(walk.ids[queries, j][:, :, None] for j in range(3))
+    key_ids = tuple(walk.ids[keys, j][:, None, :] for j in range(3))
+    allowed = visible(query_ids, key_ids, window) & live[:, None, None]
     allowed = jnp.tile(allowed, (1, groups, 1))[:, None]  # every query head of a key head, stacked along the queries
     return queries, keys, first[:, None, None], allowed
 
 
-def _scores(static, q, k):
-    scores = jnp.einsum("cjqd,cjkd->cjqk", q, k, preferred_element_type=jnp.float32) * static.scale
-    return scores if static.softcap is None else static.softcap * jnp.tanh(scores / static.softcap)
+def _scores(scoring, q, k):
+    return scoring.scores(jnp.einsum("cjqd,cjkd->cjqk", q, k, preferred_element_type=jnp.float32))
 
 
 def _to_blocks(x, block, key_heads):

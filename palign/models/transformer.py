@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from palign.attention.attend import attend as attend_blocks
 from palign.attention.block_pairs import list_block_pairs
-from palign.attention.xla import attend as attend_blocks
 from palign.config.schema import ModelConfig
 from palign.models.config import LayerTables, compute_dtype, layer_tables, padded_vocabulary
 from palign.models.layers import Block, RMSNorm

@@ -9,53 +9,27 @@ import numpy as np
 import pytest
 
 from palign.attention import xla
+from palign.attention.attend import attend
 from palign.attention.block_pairs import list_block_pairs
-from palign.attention.dense import attend_dense
+from palign.attention.walk import Scoring, Tokens
 from palign.sharding.mesh import make_mesh, row_sharding
+from tests.attention import rows
+from tests.attention.rows import EVERYTHING
 from tests.compiled import uncached
-from tests.trees import largest_difference, random_ids
+from tests.trees import largest_difference
 
 R, T, BLOCK, H, D = 8, 64, 8, 4, 8
-EVERYTHING = 2**30
 
 
-@functools.cache
 def compile_both(softcap=None, chunk=5):
-    """`(arrays, ids, pairs, window) -> ((output, gradients) by block pairs, the same by the dense rule)`."""
-
-    def pull(function, arrays, cotangent):
-        output, pull_back = jax.vjp(function, *arrays)
-        return output, pull_back(cotangent.astype(output.dtype))
-
-    @jax.jit
-    def both(arrays, ids, pairs, window):
-        (*qkv, cotangent), (group, branch, position) = arrays, ids
-        options = dict(scale=0.25, softcap=softcap)
-        by_pairs = lambda q, k, v: xla.attend(q, k, v, position, group, branch, pairs, window, chunk=chunk, **options)
-        dense = lambda q, k, v: attend_dense(q, k, v, position, group, branch, window, **options)
-        return pull(by_pairs, qkv, cotangent), pull(dense, [x.astype(jnp.float32) for x in qkv], cotangent)
-
-    return both
+    return rows.compile_both(xla.kernel(chunk), softcap)
 
 
 def random_arrays(rng, key_heads=2):
-    """Query, key, value and the output's cotangent."""
-    heads = (H, key_heads, key_heads, H)
-    return [jnp.asarray(rng.normal(size=(R, T, n, D)), jnp.float32) for n in heads]
+    return rows.random_arrays(rng, rows=R, tokens=T, heads=H, key_heads=key_heads, width=D)
 
 
-def shuffle_blocks(rng, ids):
-    """The row's blocks in another order, and the tokens inside each: as many pairs of blocks as before."""
-    order = rng.permuted(np.arange(T).reshape(-1, BLOCK)[rng.permutation(T // BLOCK)], axis=1)
-    return ids[:, order.reshape(-1)]
-
-
-def random_rows(rng, shuffle=False):
-    """Group, branch, position as `[3, R, T]`, and the rows' lists."""
-    rows = [random_ids(rng, T) for _ in range(R)]
-    rows = [shuffle_blocks(rng, row) for row in rows] if shuffle else rows
-    pairs = np.stack([list_block_pairs(*row, BLOCK) for row in rows])
-    return jnp.asarray(np.stack(rows, axis=1)), jnp.asarray(pairs)
+random_rows = functools.partial(rows.random_rows, rows=R, tokens=T, block=BLOCK)
 
 
 @pytest.mark.parametrize("shuffle", [False, True], ids=["in order", "reordered"])
@@ -64,7 +38,7 @@ def test_values_and_gradients_equal_the_dense_rule_on_random_trees(softcap, chun
     rng = np.random.default_rng(chunk)
     both = compile_both(softcap, chunk)
     for window in (EVERYTHING, 2, 3, 9, EVERYTHING):
-        ids, pairs = random_rows(rng, shuffle)
+        ids, pairs = random_rows(rng, shuffle=shuffle)
         by_pairs, dense = both(random_arrays(rng, key_heads), ids, pairs, window)
         assert largest_difference(by_pairs, dense) < 2e-6
 
@@ -132,17 +106,17 @@ def test_the_loops_run_as_often_as_pairs_are_listed_whatever_the_capacity(monkey
     monkeypatch.setattr(
         jax.lax, "fori_loop", lambda start, stop, body, carry: (trips.append(int(stop) - start), carry)[1]
     )
-    static = xla._Static(0.25, None, 8)
+    kernel, scoring = xla.kernel(chunk=8), Scoring(0.25, None)
     query, key, value, cotangent = (x[:2] for x in random_arrays(np.random.default_rng(5)))
     for used in (1, T):
         column = np.arange(T)
         row = np.stack([column < used, column * 0, np.where(column < used, column, 0)]).astype(np.int32)
         pairs = np.stack([list_block_pairs(*row, BLOCK)] * 2)
-        tokens = xla._Tokens(*(jnp.asarray(np.stack([row[i]] * 2)) for i in (2, 0, 1)), jnp.asarray(pairs))
-        saved = (static, query, key, value, tokens, EVERYTHING)
-        output, lse = xla._forward_rows(*saved)
-        xla._backward_rows(*saved, output, lse, cotangent)
-        assert trips[-2:] == [math.ceil((pairs[..., 1] >= 0).sum() / static.chunk)] * 2
+        tokens = Tokens(*(jnp.asarray(np.stack([row[i]] * 2)) for i in (2, 0, 1)), jnp.asarray(pairs))
+        saved = (scoring, query, key, value, tokens, EVERYTHING)
+        output, lse = kernel.forward(*saved)
+        kernel.backward(*saved, output, lse, cotangent)
+        assert trips[-2:] == [math.ceil((pairs[..., 1] >= 0).sum() / 8)] * 2
     assert trips == [2, 2, 9, 9]  # 2 rows of 8 diagonal blocks, 2 rows of 36 causal pairs, 8 at a time
 
 
@@ -150,8 +124,8 @@ def test_the_compiled_loop_has_a_bound_that_the_data_decides():
     rng = np.random.default_rng(6)
     ids, pairs = random_rows(rng)
     query, key, value, _ = random_arrays(rng)
-    attend = lambda pairs: xla.attend(query, key, value, ids[2], ids[0], ids[1], pairs, EVERYTHING, scale=1.0)
-    text = str(jax.make_jaxpr(attend)(pairs))
+    run = lambda pairs: attend(query, key, value, ids[2], ids[0], ids[1], pairs, EVERYTHING, scale=1.0)
+    text = str(jax.make_jaxpr(run)(pairs))
     assert "while[" in text and "scan[" not in text
 
 
@@ -171,7 +145,7 @@ def test_a_list_whose_length_is_no_causal_bound_is_an_error():
     for wrong in (pairs[:, :-1], pairs[:, : 3 * 4 // 2]):  # no triangle number; 3 blocks do not divide 64
         message = rf"attend: {wrong.shape[1]} block pairs for rows of 64 tokens; expected n \* \(n \+ 1\) / 2"
         with pytest.raises(ValueError, match=message):
-            xla.attend(query, key, value, ids[2], ids[0], ids[1], wrong, EVERYTHING, scale=1.0)
+            attend(query, key, value, ids[2], ids[0], ids[1], wrong, EVERYTHING, scale=1.0)
 
 
 def test_eight_devices_compute_what_one_does():

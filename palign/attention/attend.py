@@ -1,0 +1,86 @@
+"""Attention over packed trees by block pairs, each device its own rows and heads."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from palign.attention import xla
+from palign.attention.walk import Kernel, Scoring, Tokens
+from palign.sharding.mesh import HEADS, ROWS, SHARED, over_rows, tensor_size
+
+
+def attend(
+    query: Float[Array, "R T H D"],
+    key: Float[Array, "R T J D"],
+    value: Float[Array, "R T J D"],
+    position: Int[Array, "R T"],
+    group: Int[Array, "R T"],
+    branch: Int[Array, "R T"],
+    block_pairs: Int[Array, "R N 2"],
+    window: Int[Array, ""] | int,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    kernel: Kernel | None = None,
+) -> Float[Array, "R T H D"]:
+    """Attention under the tree rule, visiting only the listed block pairs.
+
+    Query q sees key k iff both are in the same `group` (> 0), `branch[k]` is 0 or `branch[q]`, and
+    `0 <= position[q] - position[k] < window`. Equal to `attention.dense.attend_dense` in value and gradient when the
+    list holds every pair of blocks that the rule touches (`attention.block_pairs.list_block_pairs`).
+
+    Args:
+        query: H heads; scores are `scale * query . key`.
+        key: J key heads, J divides H.
+        value: like `key`.
+        position: a token's position in its branch.
+        group: the prompt copy it belongs to; 0 is padding, whose output is 0.
+        branch: 0 for prompt tokens, k for response k.
+        block_pairs: sorted by query block, padding last as (last block, -1); N is the causal bound n (n + 1) / 2,
+            from which the block size T / n follows.
+        window: how far back a query sees, in positions; may be traced (a layer's own).
+        scale: what scores are multiplied by.
+        softcap: scores become `softcap * tanh(scores / softcap)`.
+        kernel: the form that computes it; None is the plain XLA one, which runs everywhere.
+
+    Returns:
+        The attended values in `query`'s dtype; sums are accumulated in float32.
+
+    Raises:
+        ValueError: the list's length is no causal bound, or the kernel cannot cut heads or rows of these sizes.
+    """
+    tokens = Tokens(position, group, branch, block_pairs)
+    static = (kernel or xla.kernel(), Scoring(scale, softcap))
+    key, value = spread_key_heads(key), spread_key_heads(value)
+    return _attend(static, query, key, value, tokens, jnp.asarray(window, jnp.int32))
+
+
+def spread_key_heads(x: Float[Array, "R T J D"]) -> Float[Array, "R T J2 D"]:
+    """Repeats key heads until the tensor axis divides them: a device then has those that its query heads read."""
+    heads = x.shape[2]
+    copies = math.lcm(heads, tensor_size()) // heads
+    return jnp.repeat(x, copies, axis=2) if copies > 1 else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static, query, key, value, tokens, window):
+    return _attend_forward(static, query, key, value, tokens, window)[0]
+
+
+def _attend_forward(static, query, key, value, tokens, window):
+    kernel, scoring = static
+    run = over_rows(functools.partial(kernel.forward, scoring), (*(HEADS,) * 3, ROWS, SHARED), HEADS)
+    output, lse = run(query, key, value, tokens, window)
+    return output, (query, key, value, tokens, window, output, lse)
+
+
+def _attend_backward(static, saved, cotangent):
+    kernel, scoring = static
+    specs = (*(HEADS,) * 3, ROWS, SHARED, *(HEADS,) * 3)
+    return (*over_rows(functools.partial(kernel.backward, scoring), specs, HEADS)(*saved, cotangent), None, None)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
