@@ -80,6 +80,13 @@ def make_walk(tokens: Tokens, *, tail: int) -> Walk:
     return Walk(ids, queries, keys, listed.sum())
 
 
+def sort_by_key(walk: Walk) -> Walk:
+    """The same pairs sorted by key block, then query block."""
+    padding = jnp.arange(walk.keys.size) >= walk.num_pairs
+    order = jnp.argsort(jnp.where(padding, walk.ids.shape[0], walk.keys), stable=True)
+    return walk._replace(queries=walk.queries[order], keys=walk.keys[order])
+
+
 def block_size(length: int, capacity: int) -> int:
     """The block size that makes `capacity` the causal bound n (n + 1) / 2 of n = length / block blocks.
 
