@@ -168,7 +168,7 @@ def _key_gradient_step(
 
     weights, dproducts = _pull_back(scoring, _allowed(query_ids, key_ids, window), q, k, v, dout, lse, delta)
     dk_sum[...] += _product(dproducts, q[...], 1, 0)
-    dv_sum[...] += _product(weights.astype(dout.dtype), dout[...], 1, 0)
+    dv_sum[...] += _product(weights, dout[...], 1, 0)
 
     @pl.when(last)
     def _():
@@ -178,10 +178,9 @@ def _key_gradient_step(
 
 def _pull_back(scoring, allowed, q, k, v, dout, lse, delta):
     """The pair's weights [key, query], and the cotangent of its products."""
-    scores = scoring.scores(_product(k[...], q[...], 1, 1))
-    weights = jnp.where(allowed, jnp.exp(scores - lse[...]), 0.0)
-    dscores = weights * (_product(v[...], dout[...], 1, 1) - delta[...])
-    return weights, scoring.pull_back(scores, dscores).astype(q.dtype)
+    products, dweights = _product(k[...], q[...], 1, 1), _product(v[...], dout[...], 1, 1)
+    weights, dproducts = scoring.pull_back(products, dweights, allowed, lse[...], delta[...])
+    return weights.astype(dout.dtype), dproducts.astype(q.dtype)
 
 
 def _edges(turns):

@@ -21,11 +21,24 @@ class Scoring(NamedTuple):
         scores = products * self.scale
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
-    def pull_back(self, scores: Array, cotangent: Array) -> Array:
-        """The products' cotangent from the scores'."""
+    def pull_back(
+        self, products: Array, dweights: Array, allowed: Array, lse: Array, delta: Array
+    ) -> tuple[Array, Array]:
+        """The weights of the forward pass again, and the cotangent of the products.
+
+        Args:
+            products: query . key.
+            dweights: the weights' cotangent, the output's cotangent . value.
+            allowed: what the rule lets a query see.
+            lse: log-sum-exp of each query's scores; broadcasts against the products, like all others here.
+            delta: output . its cotangent, of each query.
+        """
+        scores = self.scores(products)
+        weights = jnp.where(allowed, jnp.exp(scores - lse), 0.0)
+        dscores = weights * (dweights - delta)
         if self.softcap is not None:
-            cotangent = cotangent * (1.0 - (scores / self.softcap) ** 2)
-        return cotangent * self.scale
+            dscores = dscores * (1.0 - (scores / self.softcap) ** 2)
+        return weights, dscores * self.scale
 
 
 class Tokens(NamedTuple):

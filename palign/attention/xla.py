@@ -35,8 +35,8 @@ def _forward(chunk, scoring, query, key, value, tokens, window):
     def visit(i, carry):
         output, top, total = carry
         queries, keys, first, allowed = _chunk(chunk, walk, i, window, q.shape[2] // block)
-        scores = _scores(scoring, q[queries], k[keys])
-        scores = jnp.where(allowed, scores, NEVER)
+        products = jnp.einsum("cjqd,cjkd->cjqk", q[queries], k[keys], preferred_element_type=jnp.float32)
+        scores = jnp.where(allowed, scoring.scores(products), NEVER)
         top_before = top[queries]
         top = top.at[queries].max(scores.max(-1))
         top_now = top[queries]
@@ -69,15 +69,14 @@ def _backward(chunk, scoring, query, key, value, tokens, window, output, lse, co
         dq, dk, dv = carry
         queries, keys, _, allowed = _chunk(chunk, walk, i, window, q.shape[2] // block)
         q_c, k_c, dout_c = q[queries], k[keys], dout[queries]
-        scores = _scores(scoring, q_c, k_c)
-        weights = jnp.where(allowed, jnp.exp(jnp.where(allowed, scores, NEVER) - lse[queries][..., None]), 0.0)
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        products, dweights = product("cjqd,cjkd->cjqk", q_c, k_c), product("cjqd,cjkd->cjqk", dout_c, v[keys])
+        statistics = lse[queries][..., None], delta[queries][..., None]
+        weights, dproducts = scoring.pull_back(products, dweights, allowed, *statistics)
+        dproducts = dproducts.astype(q_c.dtype)
         dv = dv.at[keys].add(product("cjqk,cjqd->cjkd", weights.astype(dout_c.dtype), dout_c))
-        dweights = product("cjqd,cjkd->cjqk", dout_c, v[keys])
-        dscores = weights * (dweights - delta[queries][..., None])
-        dscores = scoring.pull_back(scores, dscores).astype(q_c.dtype)
-        dq = dq.at[queries].add(product("cjqk,cjkd->cjqd", dscores, k_c))
-        dk = dk.at[keys].add(product("cjqk,cjqd->cjkd", dscores, q_c))
+        dq = dq.at[queries].add(product("cjqk,cjkd->cjqd", dproducts, k_c))
+        dk = dk.at[keys].add(product("cjqk,cjqd->cjkd", dproducts, q_c))
         return dq, dk, dv
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
@@ -102,10 +101,6 @@ def _chunk(chunk, walk, i, window, groups):
     allowed = visible(query_ids, key_ids, window) & live[:, None, None]
     allowed = jnp.tile(allowed, (1, groups, 1))[:, None]  # every query head of a key head, stacked along the queries
     return queries, keys, first[:, None, None], allowed
-
-
-def _scores(scoring, q, k):
-    return scoring.scores(jnp.einsum("cjqd,cjkd->cjqk", q, k, preferred_element_type=jnp.float32))
 
 
 def _to_blocks(x, block, key_heads):
