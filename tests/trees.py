@@ -16,7 +16,7 @@ from palign.types import Batch
 
 VOCAB = 50
 TINY = ModelConfig(
-    vocab_size=VOCAB, num_layers=2, dim=16, num_heads=4, num_key_heads=2, hidden_dim=24, remat=False, dtype="float32"
+    vocab_size=VOCAB, num_layers=2, dim=16, num_heads=4, num_key_heads=2, hidden_dim=24, remat="none", dtype="float32"
 )
 
 

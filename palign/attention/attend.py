@@ -5,11 +5,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from palign.attention import xla
 from palign.attention.walk import Kernel, Scoring, Tokens
 from palign.sharding.mesh import HEADS, ROWS, SHARED, over_rows, tensor_size
+
+SAVED = "attention"  # the name by which rematerialisation may keep what the backward pass reads
 
 
 def attend(
@@ -73,7 +76,7 @@ def _attend(static, query, key, value, tokens, window):
 def _attend_forward(static, query, key, value, tokens, window):
     kernel, scoring = static
     run = over_rows(functools.partial(kernel.forward, scoring), (*(HEADS,) * 3, ROWS, SHARED), HEADS)
-    output, lse = run(query, key, value, tokens, window)
+    output, lse = checkpoint_name(run(query, key, value, tokens, window), SAVED)
     return output, (query, key, value, tokens, window, output, lse)
 
 

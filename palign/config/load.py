@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import ml_collections
 
-from palign.config.renamed import RENAMED
+from palign.config.renamed import RENAMED, REVALUED
 from palign.config.schema import ObjectiveConfig, Recipe, RunConfig
 
 T = TypeVar("T")
@@ -182,7 +182,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if (hint is not bool and isinstance(value, bool)) or not isinstance(value, origin or hint):
-        expected = "a number" if hint is float else getattr(hint, "__name__", str(hint))
+        expected = "a number" if hint is float else REVALUED.get(key, getattr(hint, "__name__", str(hint)))
         raise ValueError(f"{key} = {value!r}: expected {expected}")
     return value
 

@@ -35,7 +35,7 @@ RENAMED: dict[str, str] = {
     "use_peft": NO_ADAPTERS,
     "lora_r": NO_ADAPTERS,
     "lora_alpha": NO_ADAPTERS,
-    "gradient_checkpointing": "config.model.remat",
+    "gradient_checkpointing": "config.model.remat: none, or full, dots, attention",
     "bf16": "config.model.dtype=bfloat16, or auto",
     "fp16": "config.model.dtype is float32, bfloat16 or auto",
     "disable_dropout": "remove it: there is no dropout",
@@ -69,4 +69,9 @@ RENAMED: dict[str, str] = {
     "adam_beta1": "config.optimizer.b1",
     "adam_beta2": "config.optimizer.b2",
     "adam_epsilon": "config.optimizer.eps",
+}
+
+# Key -> what its value is now, where that was of another type.
+REVALUED: dict[str, str] = {
+    "config.model.remat": "a name, full (which True was), none (False), dots or attention",
 }

@@ -79,7 +79,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     dtype: str = "auto"  # of the computation
     scan_layers: bool = True
-    remat: bool = True
+    remat: str = "full"  # what the backward pass recomputes of a layer: none, attention, dots, full (docs/memory.md)
 
     @property
     def head_width(self) -> int:
@@ -96,6 +96,7 @@ class ModelConfig:
                 _positive("model", self, name)
         _one_of("model", self, "activation", ("silu", "gelu_tanh"))
         _one_of("model", self, "dtype", ("auto", "float32", "bfloat16"))
+        _one_of("model", self, "remat", ("none", "dots", "attention", "full"))
         _one_of("model", self, "param_dtype", ("float32", "bfloat16"))
         _require(self.norms_per_layer in (2, 4), "model.norms_per_layer", self.norms_per_layer, "2 or 4")
         divides = self.num_heads % self.num_key_heads == 0

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from palign.attention.attend import SAVED
 from palign.attention.attend import attend as attend_blocks
 from palign.attention.block_pairs import list_block_pairs
 from palign.config.schema import ModelConfig
@@ -25,6 +26,15 @@ from palign.sharding.rules import in_use
 from palign.types import Batch, Unembedding
 
 PREFILL_BLOCK = 64
+
+_policies = jax.checkpoint_policies
+_attention = _policies.save_only_these_names(SAVED)
+# What a rematerialised layer keeps for its backward pass; the rest is computed again.
+REMAT: dict[str, Callable] = {
+    "full": _policies.nothing_saveable,
+    "attention": _attention,
+    "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _attention),
+}
 
 
 class TreeContext(NamedTuple):
@@ -104,8 +114,10 @@ class Transformer(nn.Module):
         x = in_use(in_use(embedding.astype(self.dtype), "vd")[token_RT], "rtd")
         x = x * jnp.asarray(c.embedding_scale, self.dtype)
         tables = jax.tree.map(jnp.asarray, layer_tables(c))
-        # The scan is one while loop: XLA cannot merge the recomputation with the forward pass, so CSE is no danger.
-        block = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
+        block = Block
+        if c.remat != "none":
+            # The scan is one while loop: XLA cannot merge the recomputation with the forward pass: CSE is no danger.
+            block = nn.remat(Block, prevent_cse=not c.scan_layers, policy=REMAT[c.remat])
         if c.scan_layers or self.is_initializing():
             layers = nn.scan(
                 block,

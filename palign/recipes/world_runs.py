@@ -22,7 +22,7 @@ from palign.train.sources import Loaded
 
 MAX_NEW_TOKENS = 28  # the longest review and its EOS, with a little room to ramble
 EXAMPLES_PER_SFT_STEP = 80
-MODEL = ModelConfig(num_layers=3, dim=96, num_heads=4, num_key_heads=2, hidden_dim=256, remat=False)
+MODEL = ModelConfig(num_layers=3, dim=96, num_heads=4, num_key_heads=2, hidden_dim=256, remat="none")
 
 Drawn = list[list[Generation]]
 

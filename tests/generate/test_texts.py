@@ -20,7 +20,7 @@ SETTINGS = dict(max_new_tokens=6, batch_size=2, seed=4)
 def model():
     config = ModelConfig(
         vocab_size=259, num_layers=1, dim=16, num_heads=2, num_key_heads=1, hidden_dim=16, tie_embedding=False,
-        remat=False, dtype="float32",
+        remat="none", dtype="float32",
     )  # fmt: skip
     lm = make_language_model(config)
     rng = np.random.default_rng(0)

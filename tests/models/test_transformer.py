@@ -129,7 +129,11 @@ def compile_gradient(config):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-@pytest.mark.parametrize("options", [dict(scan_layers=False, remat=True), dict(remat=True)])
+@pytest.mark.parametrize(
+    "options",
+    [dict(scan_layers=False, remat="full"), dict(remat="full"), dict(remat="dots"), dict(remat="attention")],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
 def test_the_way_over_the_layers_changes_neither_values_nor_gradients(options):
     config = config_of(**OPTIONS["gemma"])
     params = random_params(config)
@@ -138,6 +142,19 @@ def test_the_way_over_the_layers_changes_neither_values_nor_gradients(options):
     np.testing.assert_allclose(other_value, value, rtol=1e-6)
     assert largest_difference(real(other_hidden), real(hidden)) < 1e-6
     assert largest_difference(other, gradient) < 1e-5
+
+
+def test_what_is_kept_is_not_computed_again_and_costs_memory():
+    """A loop of attention forward, one backward; one more where the forward is taken again."""
+    loops, kept = {}, {}
+    for remat in ("none", "dots", "attention", "full"):
+        config = config_of(remat=remat, num_layers=4, hidden_dim=64)
+        params = jax.eval_shape(make_language_model(config).init, jax.random.key(0))
+        lowered = compile_gradient(config).lower(params, batch())
+        loops[remat] = lowered.as_text().count("stablehlo.while")
+        kept[remat] = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert loops["none"] == loops["dots"] == loops["attention"] == loops["full"] - 1
+    assert kept["none"] > kept["dots"] > kept["attention"] > kept["full"]
 
 
 def test_scanned_and_unrolled_layers_start_from_the_same_parameters():

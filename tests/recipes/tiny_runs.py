@@ -40,7 +40,7 @@ def write_pairs(path: pathlib.Path, num: int, *, seed: int = 0, prompts: int = 0
 
 PLAIN: dict[str, Any] = {
     "model": {
-        "num_layers": 2, "dim": 16, "num_heads": 2, "num_key_heads": 1, "hidden_dim": 16, "remat": False,
+        "num_layers": 2, "dim": 16, "num_heads": 2, "num_key_heads": 1, "hidden_dim": 16, "remat": "none",
         "dtype": "float32",
     },
     "tokenizer": {"model_type": "word", "vocab_size": 64},
