@@ -205,11 +205,18 @@ class OptimizerConfig:
     b2: float = 0.999
     eps: float = 1e-8
     max_grad_norm: float = 1.0
+    state_dtype: str = "float32"  # of the first moment of adamw and lion: float32, bfloat16
 
     def __post_init__(self) -> None:
         """Checks ranges, and that exactly one way of warming up is set."""
         _one_of("optimizer", self, "name", ("adamw", "adafactor", "lion"))
         _one_of("optimizer", self, "schedule", ("constant", "linear", "cosine", "cosine_to_floor"))
+        _one_of("optimizer", self, "state_dtype", ("float32", "bfloat16"))
+        if self.name == "adafactor" and self.state_dtype != "float32":
+            raise ValueError(
+                f"config.optimizer.state_dtype = {self.state_dtype!r} has no effect on adafactor, which keeps no first "
+                "moment; remove it"
+            )
         _positive("optimizer", self, "learning_rate", "eps", "max_grad_norm")
         _not_negative("optimizer", self, "weight_decay", "floor", "b1", "b2")
         if (self.warmup_steps is None) == (self.warmup_ratio is None):

@@ -215,6 +215,11 @@ def check_config(config: RunConfig) -> None:
         raise ValueError(f"config.model.value_head = 0: {methods} trains a value head; use 1 for a reward model")
     if config.model.value_head and not needs.values:
         raise ValueError(f"config.model.value_head has no effect on {methods}; use 0")
+    if config.model.param_dtype != "float32":
+        raise ValueError(
+            f"config.model.param_dtype = {config.model.param_dtype!r}: steps smaller than a weight's rounding would be "
+            "lost; use 'float32', and config.model.dtype = 'bfloat16' to compute in bfloat16"
+        )
     _check_teachers(config, needs.frozen)
     _check_rollout(config)
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 1)  # the tokenizer's, not known yet

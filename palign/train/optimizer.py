@@ -38,11 +38,11 @@ SCHEDULES: dict[str, Callable[[float, int, float], Schedule]] = {
 
 
 def _adamw(c: OptimizerConfig, rate: Schedule) -> optax.GradientTransformation:
-    return optax.adamw(rate, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decayed)
+    return optax.adamw(rate, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decayed, mu_dtype=c.state_dtype)
 
 
 def _lion(c: OptimizerConfig, rate: Schedule) -> optax.GradientTransformation:
-    return optax.lion(rate, c.b1, c.b2, weight_decay=c.weight_decay, mask=decayed)
+    return optax.lion(rate, c.b1, c.b2, weight_decay=c.weight_decay, mask=decayed, mu_dtype=c.state_dtype)
 
 
 def _adafactor(c: OptimizerConfig, rate: Schedule) -> optax.GradientTransformation:

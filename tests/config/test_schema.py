@@ -72,6 +72,8 @@ def test_a_head_width_of_its_own_frees_the_model_width():
         (OptimizerConfig, dict(name="adam"), r"config.optimizer.name = 'adam': expected one of adamw, adafactor, lion"),
         (OptimizerConfig, dict(warmup_ratio=-0.1), r"config.optimizer.warmup_ratio = -0.1"),
         (OptimizerConfig, dict(weight_decay=math.nan), r"config.optimizer.weight_decay = nan"),
+        (OptimizerConfig, dict(state_dtype="float16"), r"config.optimizer.state_dtype = 'float16': expected one of"),
+        (OptimizerConfig, dict(name="adafactor", state_dtype="bfloat16"), r"state_dtype = 'bfloat16' has no effect on"),
         (TrainConfig, dict(epochs=0.0), r"config.train.epochs = 0.0"),
         (TrainConfig, dict(best_mode="lowest"), r"config.train.best_mode"),
         (TrainConfig, dict(stop_after_nonfinite=0), r"config.train.stop_after_nonfinite"),

@@ -79,9 +79,8 @@ def rows(num=24, seed=0):
 @functools.cache
 def build(micro_batches=1, data=1, fsdp=1, cached=False):
     """The step of `dpo` (a mean over pairs) and half an `sft` (a mean over tokens)."""
-    lm = make_language_model(
-        dataclasses.replace(MODEL, remat="full" if fsdp > 1 else "none")
-    )  # gathers inside what is recomputed
+    remat = "full" if fsdp > 1 else "none"  # gathers inside what is recomputed
+    lm = make_language_model(dataclasses.replace(MODEL, remat=remat))
     mesh = make_mesh(data=data, fsdp=fsdp, devices=jax.devices()[: data * fsdp])
     shardings = state_shardings(mesh, lm, TX)
     objective = make_objective(
