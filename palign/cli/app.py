@@ -4,11 +4,13 @@ import argparse
 import os
 import pathlib
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-USER_ERROR, INTERNAL_ERROR, NOT_FINITE = 2, 70, 77
+from palign.cli.exits import USER_ERROR as USER_ERROR
+from palign.cli.exits import fail, say_why
+
+INTERRUPTED = 130
 
 
 def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +21,8 @@ def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | Non
         arguments: without the program's name; those of the process by default.
 
     Returns:
-        0, or 2 (config, data, checkpoint, tokenizer), 70 (a fault of palign's), 77 (loss or gradient not finite), 130.
+        0, or 2 (config, data, checkpoint, tokenizer), 70 (a fault of palign's), 74 (storage full or read-only), 75
+        (preempted, saved: give the command again), 77 (loss or gradient not finite), 130.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
@@ -27,14 +30,10 @@ def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | Non
         command([argument for argument in given if argument != "--debug"])
         return 0
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on from the last checkpoint", 130, debug)
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
-        return _fail(str(error), USER_ERROR, debug)
+        say_why("interrupted; the same command goes on from the last checkpoint", debug)
+        return INTERRUPTED
     except Exception as error:
-        if type(error).__name__ == "TrainingDivergedError":
-            return _fail(str(error), NOT_FINITE, debug)
-        message = f"{type(error).__name__}: {error} (a fault of palign's: --debug shows where)"
-        return _fail(message, INTERNAL_ERROR, debug)
+        return fail(error, debug)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,6 +46,23 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
     return _Parser(prog=name, description=doc.splitlines()[0], allow_abbrev=False)
 
 
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a command that several processes can run together."""
+    group = parser.add_argument_group("several processes, where the environment does not say (docs/processes.md)")
+    group.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0")
+    group.add_argument("--processes", type=int, help="how many; 1: this one alone, whatever the environment says")
+    group.add_argument("--process", type=int, help="which of them this is, from 0")
+
+
+def begin(given: argparse.Namespace) -> None:
+    """Joins the other processes, if there are any, and turns the compilation cache on."""
+    from palign.sharding.processes import initialize
+
+    if line := initialize(given.coordinator, given.processes, given.process):
+        print(line, file=sys.stderr, flush=True)
+    use_compilation_cache()
+
+
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where or XDG_CACHE_HOME moves it."""
     import jax
@@ -56,10 +72,3 @@ def use_compilation_cache() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and not several_cpus:
         home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "palign" / "xla"))
-
-
-def _fail(message: str, code: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    print(f"palign: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    return code

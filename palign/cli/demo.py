@@ -3,8 +3,9 @@
 python -m palign.cli.demo --workdir=runs/demo
 """
 
-import pathlib
 from collections.abc import Sequence
+
+from etils import epath
 
 from palign.cli import app
 
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str]) -> None:
 
     app.use_compilation_cache()
     chosen = quickstart.FULL if given.full else quickstart.SMOKE if given.smoke else quickstart.DEMO
-    quickstart.quickstart(pathlib.Path(given.workdir), chosen)
+    quickstart.quickstart(epath.Path(given.workdir), chosen)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,18 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--workdir", required=True, help="of a run; @STEP, @last or @best behind it")
     parser.add_argument("--data", default="", help="a data file; by default the run's own held-out sets")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    app.add_process_flags(parser)
     given = parser.parse_args(arguments)
 
     from palign.report.contents import Cell, Row, Table
     from palign.report.table import print_table
+    from palign.sharding.processes import is_main
     from palign.train.evaluate import evaluate_run
 
-    app.use_compilation_cache()
+    app.begin(given)
     metrics = evaluate_run(given.workdir, given.data)
+    if not is_main():
+        return
     if given.json:
         import json
 

@@ -6,8 +6,9 @@ python -m palign.cli.study --config=configs/study.py --workdir=runs/study
 `--minutes=60` stops it in time.
 """
 
-import pathlib
 from collections.abc import Sequence
+
+from etils import epath
 
 from palign.cli import app
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
     from palign.recipes.study_config import StudyConfig
     from palign.recipes.study_report import write
 
-    config, workdir = resolve_as(StudyConfig, load_plain(given.config, overrides)), pathlib.Path(given.workdir)
+    config, workdir = resolve_as(StudyConfig, load_plain(given.config, overrides)), epath.Path(given.workdir)
     app.use_compilation_cache()
     finished = run_study(config, workdir, minutes=given.minutes)
     if finished:

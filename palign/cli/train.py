@@ -5,8 +5,9 @@ python -m palign.cli.train --config=configs/dpo.py --config.data.path=pairs.json
 Any setting is overridden by `--config.key.key=value`. The same command again goes on where it was stopped.
 """
 
-import pathlib
 from collections.abc import Sequence
+
+from etils import epath
 
 from palign.cli import app
 
@@ -18,6 +19,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--workdir", required=True, help="where checkpoints, metrics and logs go")
     parser.add_argument("--stage", default="", help="run one stage of a recipe")
     parser.add_argument("--config.KEY", metavar="VALUE", help="override a setting, e.g. --config.objective.beta=0.2")
+    app.add_process_flags(parser)
     flags = [a for a in arguments if not a.startswith("--config.")]
     overrides = [a.removeprefix("--config.") for a in arguments if a.startswith("--config.")]
     given = parser.parse_args(flags)
@@ -26,10 +28,11 @@ def main(arguments: Sequence[str]) -> None:
 
     recipe = load_recipe(given.config, overrides)
 
+    app.begin(given)
+
     from palign.recipes.stages import run_recipe  # after the config: a slip in it is answered at once
 
-    app.use_compilation_cache()
-    run_recipe(recipe, pathlib.Path(given.workdir), only=given.stage)
+    run_recipe(recipe, epath.Path(given.workdir), only=given.stage)
 
 
 if __name__ == "__main__":

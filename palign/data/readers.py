@@ -3,14 +3,17 @@
 The format of a row is told by its columns; `FORMATS` is the whole table. Other columns are ignored and counted.
 """
 
+import contextlib
 import difflib
 import gzip
+import io
 import json
-import pathlib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
+
+from etils import epath
 
 from palign.data.records import Record, make_record, number
 
@@ -82,7 +85,7 @@ FORMATS: dict[tuple[str, ...], Callable[[Row, str], Fields]] = {
 }
 
 
-def read_records(path: str | pathlib.Path, *, limit: int | None = None) -> tuple[list[Record], dict[str, int]]:
+def read_records(path: epath.PathLike, *, limit: int | None = None) -> tuple[list[Record], dict[str, int]]:
     """Reads a `.jsonl` or `.jsonl.gz` file of preference data.
 
     Record ids are line numbers counted from 0, so they do not move when other lines are dropped.
@@ -99,7 +102,7 @@ def read_records(path: str | pathlib.Path, *, limit: int | None = None) -> tuple
     Raises:
         ValueError: one line with file and line number, what was found, what was expected and what to do.
     """
-    path = pathlib.Path(path)
+    path = epath.Path(path)
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; expected a positive number of records, or None for all")
     records: list[Record] = []
@@ -209,11 +212,16 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON; write a finite number or remove the record")
 
 
-def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
+@contextlib.contextmanager
+def open_data(path: epath.Path) -> Iterator[BinaryIO]:
+    """Opens a data file for reading, `.gz` unpacked."""
+    with path.open("rb") as file:
+        yield gzip.open(file) if path.name.endswith(".gz") else io.BufferedReader(file)  # type: ignore[misc]
+
+
+def _lines(path: epath.Path) -> Iterator[tuple[int, bytes]]:
     """Yields (line number from 1, bytes); only a line feed ends a line, unlike in `str.splitlines`."""
-    openers: dict[str, Callable[..., Any]] = {".jsonl": open, ".jsonl.gz": gzip.open}
-    suffix = next((suffix for suffix in openers if path.name.endswith(suffix)), None)
-    if suffix is None:
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(f"{path}: expected a file named *.jsonl or *.jsonl.gz with one JSON object on each line")
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.jsonl*")], 1)
@@ -221,7 +229,7 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
         raise ValueError(f"{path}: there is no such file{hint}")
     line = 0
     try:
-        with openers[suffix](path, "rb") as file:
+        with open_data(path) as file:
             while raw := file.readline(MAX_LINE_BYTES + 1):
                 line += 1
                 if len(raw) > MAX_LINE_BYTES:

@@ -7,12 +7,12 @@ import hashlib
 import io
 import json
 import os
-import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import sentencepiece
 import tokenizers
+from etils import epath
 
 EOS_NAMES = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>")
 
@@ -44,7 +44,7 @@ class Tokenizer(Protocol):
         """Returns the text of the ids, special ones left out."""
         ...
 
-    def save(self, directory: str | pathlib.Path) -> None:
+    def save(self, directory: epath.PathLike) -> None:
         """Writes what `load_tokenizer(directory)` needs."""
         ...
 
@@ -89,7 +89,7 @@ class SentencePieceTokenizer:
         """Returns the text of the ids, special ones left out."""
         return self._processor.decode(_checked(ids, self.vocab_size))
 
-    def save(self, directory: str | pathlib.Path) -> None:
+    def save(self, directory: epath.PathLike) -> None:
         """Writes `tokenizer.model` into the directory."""
         _write(directory, self.FILE, self._model)
 
@@ -140,7 +140,7 @@ class JsonTokenizer:
         """Returns the text of the ids, special ones left out."""
         return self._tokenizer.decode(_checked(ids, self.vocab_size), skip_special_tokens=True)
 
-    def save(self, directory: str | pathlib.Path) -> None:
+    def save(self, directory: epath.PathLike) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json` into the directory."""
         _write(directory, self.FILE, self._tokenizer.to_str().encode())
         _write(directory, self.CONFIG, json.dumps(self._config, indent=2).encode())
@@ -167,7 +167,7 @@ class ByteTokenizer:
         """Returns the text of the bytes; what is not UTF-8 becomes U+FFFD, special ids are left out."""
         return bytes(i for i in _checked(ids, self.vocab_size) if i < 256).decode(errors="replace")
 
-    def save(self, directory: str | pathlib.Path) -> None:
+    def save(self, directory: epath.PathLike) -> None:
         """Writes `byte_tokenizer.json` into the directory."""
         _write(directory, self.FILE, b'{"type": "bytes"}\n')
 
@@ -220,7 +220,7 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, model_type: st
     return SentencePieceTokenizer(writer.getvalue())
 
 
-def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
+def load_tokenizer(path: epath.PathLike) -> Tokenizer:
     """Loads a tokenizer from a file, or from the file that a directory holds.
 
     Args:
@@ -234,7 +234,7 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     Raises:
         ValueError: if there is no such file, or the special tokens cannot be told.
     """
-    path = pathlib.Path(path)
+    path = epath.Path(path)
     if path.is_dir():
         places = [path / folder / name for folder in ("", "tokenizer") for name in LOADERS]
         file = next((place for place in places if place.is_file()), None)
@@ -253,11 +253,11 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
         raise ValueError(f"{file}: {error}") from None
 
 
-def _load_sentencepiece(file: pathlib.Path) -> Tokenizer:
+def _load_sentencepiece(file: epath.Path) -> Tokenizer:
     return SentencePieceTokenizer(file.read_bytes())
 
 
-def _load_json(file: pathlib.Path) -> Tokenizer:
+def _load_json(file: epath.Path) -> Tokenizer:
     model = file.read_text(encoding="utf-8")
     config_file = file.with_name(JsonTokenizer.CONFIG)
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
@@ -273,12 +273,12 @@ def _load_json(file: pathlib.Path) -> Tokenizer:
     return JsonTokenizer(model, eos=eos, bos=bos, pad=pad)
 
 
-def _load_bytes(file: pathlib.Path) -> Tokenizer:
+def _load_bytes(file: epath.Path) -> Tokenizer:
     return ByteTokenizer()
 
 
 # File name -> loader, in the order in which a directory is searched.
-LOADERS: dict[str, Callable[[pathlib.Path], Tokenizer]] = {
+LOADERS: dict[str, Callable[[epath.Path], Tokenizer]] = {
     JsonTokenizer.FILE: _load_json,
     SentencePieceTokenizer.FILE: _load_sentencepiece,
     ByteTokenizer.FILE: _load_bytes,
@@ -298,9 +298,9 @@ def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
     return ids
 
 
-def _write(directory: str | pathlib.Path, name: str, content: bytes) -> None:
+def _write(directory: epath.PathLike, name: str, content: bytes) -> None:
     """Writes a file so that it is there whole or not at all."""
-    directory = pathlib.Path(directory)
+    directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / f".{name}.{os.getpid()}"
     temporary.write_bytes(content)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from palign.data.loader import Dataset, batches
 from palign.data.pack import split_targets
 from palign.sharding.mesh import SHARED, row_sharding, to_global
+from palign.sharding.processes import local_rows
 from palign.types import Array, Batch
 
 
@@ -69,21 +70,24 @@ def per_row(
         advance: told (steps done, tokens of the step), for a progress bar.
     """
     once = dataclasses.replace(dataset.once(), reference_logps=None, weights=None, hidden=None)
-    compiled = _compile(function, mesh)
+    compiled, rows = _compile(function, mesh), local_rows(mesh, once.plan.rows_per_step)
     with jax.set_mesh(mesh):
-        for step, batch in batches(once, start_step=0, micro_batches=1):
-            result = jax.device_get(compiled(params, to_global(mesh, batch)))
+        for step, local in batches(once, start_step=0, micro_batches=1, rows=rows):
+            result, batch = jax.device_get(compiled(params, to_global(mesh, local)))
             for r in range(once.plan.rows_per_step):
-                values, row = jax.tree.map(lambda x, r=r: x[r], result), jax.tree.map(lambda x, r=r: x[0, r], batch)
+                values, row = jax.tree.map(lambda x, r=r: x[r], (result, batch))
                 yield RowResult(values, row, once.plan.row(step * once.plan.rows_per_step + r))
             if advance is not None:
                 advance(step + 1, float((batch.group > 0).sum()))
 
 
 @functools.cache
-def _compile(function: Callable[[Any, Batch], Array], mesh: Mesh) -> Callable[[Any, Batch], Array]:
+def _compile(function: Callable[[Any, Batch], Any], mesh: Mesh) -> Callable[[Any, Batch], tuple[Any, Batch]]:
+    """Gives every process the results of all rows, and the rows, of which it has built its own only."""
+
     def first_micro_batch(params, batch):
-        return function(params, jax.tree.map(lambda x: x[0], batch))
+        first = jax.tree.map(lambda x: x[0], batch)
+        return function(params, first), first
 
     rows, whole = row_sharding(mesh, axis=1), NamedSharding(mesh, SHARED)
     return jax.jit(first_micro_batch, in_shardings=(None, rows), out_shardings=whole)

@@ -5,10 +5,10 @@ often as Bradley and Terry say; DPO, reverse DPO, LiPO-lambda and AlignDistil on
 Everything is an ordinary run or file below the workdir, so a run that was stopped goes on where it was.
 """
 
-import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from palign.config.load import resolve_run
 from palign.data import world
@@ -38,7 +38,7 @@ FULL = Size(400, 1536, 400, 300, 768, ("dpo", "ipo", "lipo", "aligndistil"))
 SMOKE = Size(4, 16, 4, 4, 16, ("dpo", "lipo", "aligndistil"))
 
 
-def quickstart(workdir: pathlib.Path, size: Size = DEMO) -> pathlib.Path:
+def quickstart(workdir: epath.Path, size: Size = DEMO) -> epath.Path:
     """Runs all stages and writes the report.
 
     Returns:
@@ -58,7 +58,7 @@ def quickstart(workdir: pathlib.Path, size: Size = DEMO) -> pathlib.Path:
     return write(workdir, places, scores)
 
 
-def sft_config(workdir: pathlib.Path, size: Size) -> dict[str, Any]:
+def sft_config(workdir: epath.Path, size: Size) -> dict[str, Any]:
     """SFT on reviews from the grammar."""
     return merged(
         data={"path": str(workdir / "data" / "sft.jsonl"), "eval_fraction": 0.02},
@@ -72,7 +72,7 @@ def sft_config(workdir: pathlib.Path, size: Size) -> dict[str, Any]:
     )
 
 
-def preference_configs(workdir: pathlib.Path, size: Size) -> dict[str, dict[str, Any]]:
+def preference_configs(workdir: epath.Path, size: Size) -> dict[str, dict[str, Any]]:
     """The runs that learn from the rankings, in order."""
     place = workdir / "02-sample"
     pairs, lists = ({"path": str(place / name), "eval_fraction": 0.1} for name in ("pairs.jsonl", "lists.jsonl"))
@@ -106,7 +106,7 @@ def preference_configs(workdir: pathlib.Path, size: Size) -> dict[str, dict[str,
     return {name: config for name, config in configs.items() if name in (*size.methods, "reverse")}
 
 
-def sample_preferences(workdir: pathlib.Path, size: Size, prompts: list[str]) -> None:
+def sample_preferences(workdir: epath.Path, size: Size, prompts: list[str]) -> None:
     """Draws responses from the SFT model and ranks them; writes `pairs.jsonl` and `lists.jsonl` once."""
     place = workdir / "02-sample"
     if (place / "lists.jsonl").is_file():

@@ -1,8 +1,9 @@
 """The quick start's table and page."""
 
 import json
-import pathlib
 from collections.abc import Mapping
+
+from etils import epath
 
 from palign.data import world
 from palign.eval.winrate import Interval
@@ -25,7 +26,7 @@ LABELS = {
 SHOWN = 12  # prompts whose samples stand side by side
 
 
-def write(workdir: pathlib.Path, places: Mapping[str, pathlib.Path], scores: Mapping[str, Scores]) -> pathlib.Path:
+def write(workdir: epath.Path, places: Mapping[str, epath.Path], scores: Mapping[str, Scores]) -> epath.Path:
     """Prints the table and writes `report.html`; returns its path."""
     table = make_table(scores)
     print_table(table)
@@ -59,7 +60,7 @@ def _cell(x: Interval, **how) -> Cell:
     return Cell(x.mean, x.low, x.high, **how)
 
 
-def make_report(places: Mapping[str, pathlib.Path], scores: Mapping[str, Scores], table: Table) -> RunReport:
+def make_report(places: Mapping[str, epath.Path], scores: Mapping[str, Scores], table: Table) -> RunReport:
     """The page's contents."""
     methods = [name for name in scores if name not in ("sft", CONTROL)]
     prompts = world.split_prompts(seed=0)[1]
@@ -106,7 +107,7 @@ def _output(prompt: str, text: str) -> Output:
     return Output(text, gold=world.gold_reward(prompt, text), valid=world.is_grammatical(text))
 
 
-def _curves(places: Mapping[str, pathlib.Path]) -> dict:
+def _curves(places: Mapping[str, epath.Path]) -> dict:
     """What each stage learned: SFT's loss, the preference methods' held-out accuracy and margin, the divergence."""
     lines = {name: read_metrics(place) for name, place in places.items()}
 

@@ -1,11 +1,11 @@
 """How good the quick start's models are: gold reward, win rate, KL, grammar, ranking, on held-out prompts."""
 
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from palign.data import world
 from palign.eval.score import ranked_right, sequence_logps
@@ -43,9 +43,7 @@ class _Held(NamedTuple):
     pair_gold: np.ndarray
 
 
-def score_models(
-    workdir: pathlib.Path, places: Mapping[str, pathlib.Path], prompts: Sequence[str]
-) -> dict[str, Scores]:
+def score_models(workdir: epath.Path, places: Mapping[str, epath.Path], prompts: Sequence[str]) -> dict[str, Scores]:
     """Scores SFT, SFT against itself, and every method; keeps the numbers in `scores.json`."""
     sft = load_run(str(places["sft"]))
     checkpoints = sum(len(checkpoint_steps(place)) for name, place in places.items() if name != "sft")
@@ -93,7 +91,7 @@ def _draw(loaded: Loaded, prompts: Sequence[str], samples: int, seed: int, ticke
     return draw(loaded, prompts, samples=samples, seed=seed, progress=ticker.over(len(prompts)))
 
 
-def _score(held: _Held, loaded: Loaded, place: pathlib.Path, drawn: Drawn) -> Scores:
+def _score(held: _Held, loaded: Loaded, place: epath.Path, drawn: Drawn) -> Scores:
     gold = golds(held.prompts, drawn)[:, 0]
     texts = tuple(row[0].text.strip() for row in drawn)
     logps = sequence_logps(loaded.lm, loaded.params, held.pairs, one_device())
@@ -113,7 +111,7 @@ def _score(held: _Held, loaded: Loaded, place: pathlib.Path, drawn: Drawn) -> Sc
     )
 
 
-def _trajectory(held: _Held, place: pathlib.Path, ticker) -> tuple[tuple[float, float], ...]:
+def _trajectory(held: _Held, place: epath.Path, ticker) -> tuple[tuple[float, float], ...]:
     """(KL, gold) of the checkpoints on the way, from the SFT model on."""
     prompts = held.prompts[:TRAJECTORY_PROMPTS]
     points = [(0.0, float(held.baseline.mean()))]

@@ -1,6 +1,6 @@
 """A recipe: stages in order, each an ordinary run in `workdir/NN-name/`; a finished one is skipped."""
 
-import pathlib
+from etils import epath
 
 from palign.config.load import in_stage
 from palign.config.schema import Recipe
@@ -9,14 +9,14 @@ from palign.train.loop import run
 from palign.train.metrics import say
 
 
-def stage_workdirs(recipe: Recipe, workdir: pathlib.Path) -> dict[str, pathlib.Path]:
+def stage_workdirs(recipe: Recipe, workdir: epath.Path) -> dict[str, epath.Path]:
     """Where each stage runs: `workdir/NN-name/`, or `workdir` itself for a recipe of one."""
     if len(recipe.stages) == 1:
         return dict.fromkeys(recipe.stages, workdir)
     return {name: workdir / f"{i:02d}-{name}" for i, name in enumerate(recipe.stages, start=1)}
 
 
-def run_recipe(recipe: Recipe, workdir: pathlib.Path, *, only: str = "") -> dict[str, dict[str, float]]:
+def run_recipe(recipe: Recipe, workdir: epath.Path, *, only: str = "") -> dict[str, dict[str, float]]:
     """Runs the stages.
 
     Args:

@@ -6,11 +6,12 @@ left alone, so the same command goes on where it was stopped, and a larger study
 
 import dataclasses
 import json
-import pathlib
 import shutil
 import time
 import zlib
 from typing import Any
+
+from etils import epath
 
 from palign.config.load import resolve_run
 from palign.config.schema import RunConfig
@@ -37,7 +38,7 @@ from palign.train.metrics import say
 RESULT = "result.json"
 
 
-def run_study(config: StudyConfig, workdir: pathlib.Path, *, minutes: float = 0.0) -> list[Entry]:
+def run_study(config: StudyConfig, workdir: epath.Path, *, minutes: float = 0.0) -> list[Entry]:
     """Runs the jobs that have no result yet.
 
     Args:
@@ -74,18 +75,18 @@ class Bench:
     """Where a study's jobs, data and results lie, and what its runs are measured on."""
 
     config: StudyConfig
-    workdir: pathlib.Path
+    workdir: epath.Path
     heldouts: dict[int, Heldout] = dataclasses.field(default_factory=dict)
 
-    def place(self, job: Job) -> pathlib.Path:
+    def place(self, job: Job) -> epath.Path:
         """The workdir of a job's run."""
         return self.workdir / job.name
 
-    def source(self, seed: int, name: str) -> pathlib.Path:
+    def source(self, seed: int, name: str) -> epath.Path:
         """The workdir of a run that others of this seed start from or read."""
         return self.place(middle_job(self.config, seed, name))
 
-    def data(self, seed: int) -> pathlib.Path:
+    def data(self, seed: int) -> epath.Path:
         """Where a seed's data lies."""
         return self.workdir / f"seed-{seed}" / "02-data"
 

@@ -1,11 +1,11 @@
 """The study's data, made once for each seed: reviews of the grammar, and rankings of what the SFT model writes."""
 
 import json
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from palign.data import world
 from palign.recipes.study_config import MethodConfig, StudyConfig
@@ -18,13 +18,13 @@ BLOCK = 4  # samples of a prompt that are drawn together: longer lists begin wit
 SHIFTED = {"happy": 0.8, "calm": 0.8, "tired": 0.2, "grumpy": 0.2}  # share of thumbs-up behind prompts of this mood
 
 
-def write_corpus_of(config: StudyConfig, place: pathlib.Path, seed: int) -> None:
+def write_corpus_of(config: StudyConfig, place: epath.Path, seed: int) -> None:
     """Writes what SFT learns, once: reviews of the training prompts."""
     prompts, _ = world.split_prompts(seed=0)
     write_corpus(place / "sft.jsonl", np.random.default_rng(seed), prompts, steps=config.sft_steps)
 
 
-def data_path(method: MethodConfig, place: pathlib.Path) -> pathlib.Path:
+def data_path(method: MethodConfig, place: epath.Path) -> epath.Path:
     """The file that a method trains on.
 
     `pairs-K` holds the best and the worst of K ranked samples of a prompt, `lists-K` all of them, each with the share
@@ -37,7 +37,7 @@ def data_path(method: MethodConfig, place: pathlib.Path) -> pathlib.Path:
     return place / f"{names.get(kind, f'{kind}-{method.responses}')}.jsonl"
 
 
-def write_data(config: StudyConfig, method: MethodConfig, place: pathlib.Path, sft: pathlib.Path, seed: int) -> None:
+def write_data(config: StudyConfig, method: MethodConfig, place: epath.Path, sft: epath.Path, seed: int) -> None:
     """Writes the file that a method trains on, and those that it is made of, where they are not there.
 
     Args:
@@ -61,7 +61,7 @@ def write_data(config: StudyConfig, method: MethodConfig, place: pathlib.Path, s
 
 
 def _ranked_lists(
-    config: StudyConfig, place: pathlib.Path, sft: pathlib.Path, seed: int, responses: int
+    config: StudyConfig, place: epath.Path, sft: epath.Path, seed: int, responses: int
 ) -> list[dict[str, Any]]:
     blocks = [_read(_samples(config, place, sft, seed, block)) for block in range(-(-responses // BLOCK))]
     lists = []
@@ -72,7 +72,7 @@ def _ranked_lists(
     return lists
 
 
-def _samples(config: StudyConfig, place: pathlib.Path, sft: pathlib.Path, seed: int, block: int) -> pathlib.Path:
+def _samples(config: StudyConfig, place: epath.Path, sft: epath.Path, seed: int, block: int) -> epath.Path:
     """Four samples of every prompt, with the noisy gold reward that a person orders them by."""
     path = place / f"samples-{block}.jsonl"
     if path.is_file():
@@ -99,7 +99,7 @@ def _thumbs(lists: Iterable[Mapping[str, Any]], seed: int) -> Iterable[dict[str,
         yield {"prompt": pair["prompt"], "completion": pair["chosen" if liked else "rejected"], "label": liked}
 
 
-def _filter(config: StudyConfig, pairs: pathlib.Path, sft: pathlib.Path, seed: int) -> None:
+def _filter(config: StudyConfig, pairs: epath.Path, sft: epath.Path, seed: int) -> None:
     kept, lot = (pairs.with_name(f"{pairs.stem}-{name}.jsonl") for name in ("ches", "random"))
     if not kept.is_file():
         wanted = f"ches_normalised:0:{config.ches_keep:g}"
@@ -111,5 +111,5 @@ def _filter(config: StudyConfig, pairs: pathlib.Path, sft: pathlib.Path, seed: i
     say(f"{lot}: {count} of {len(records)} pairs by lot")
 
 
-def _read(path: pathlib.Path) -> list[dict[str, Any]]:
+def _read(path: epath.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,11 +1,11 @@
 """What is measured of every run of the study, once, on held-out prompts."""
 
-import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jaxtyping import Array
 from scipy import stats
 
@@ -81,7 +81,7 @@ class Heldout(NamedTuple):
     logps: Tokens  # of their tokens under the SFT model
 
 
-def hold_out(config: StudyConfig, sft_place: pathlib.Path, seed: int) -> Heldout:
+def hold_out(config: StudyConfig, sft_place: epath.Path, seed: int) -> Heldout:
     """Draws from a seed's SFT model what its runs are measured on.
 
     Args:
@@ -115,13 +115,13 @@ def hold_out(config: StudyConfig, sft_place: pathlib.Path, seed: int) -> Heldout
 
 
 def measure(
-    place: pathlib.Path,
+    place: epath.Path,
     heldout: Heldout,
     steps: Sequence[int],
     *,
     seed: int,
     beta: float | None = None,
-    dpo: pathlib.Path | None = None,
+    dpo: epath.Path | None = None,
 ) -> Result:
     """Measures a run.
 

@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import os
-import pathlib
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from palign.config.load import to_plain
 from palign.eval.winrate import Interval
@@ -28,7 +28,7 @@ VERSIONS = ("jax", "jaxlib", "flax", "optax", "numpy", "palign-jax")
 FEW = 6  # methods that one picture can show
 
 
-def write(config: StudyConfig, workdir: pathlib.Path, entries: Sequence[Entry], command: str) -> pathlib.Path:
+def write(config: StudyConfig, workdir: epath.Path, entries: Sequence[Entry], command: str) -> epath.Path:
     """Prints the table and writes `study.html`, `study.md`, `study.json` and the pictures `*.svg` into the workdir.
 
     Args:
@@ -122,7 +122,7 @@ def make_table(config: StudyConfig, lines: Sequence[Line]) -> Table:
     return Table(list(columns), rows, label="method", caption=caption)
 
 
-def draw(report: RunReport, workdir: pathlib.Path) -> dict[str, str]:
+def draw(report: RunReport, workdir: epath.Path) -> dict[str, str]:
     """Writes every picture of the page as a file of its own; returns title -> file name."""
     palette = colours([point.label for points in report.frontiers.values() for point in points])
     drawn = {

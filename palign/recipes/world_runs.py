@@ -2,12 +2,12 @@
 
 import json
 import math
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from palign.config.load import to_plain
 from palign.config.schema import ModelConfig
@@ -45,13 +45,13 @@ def merged(**sections: Any) -> dict[str, Any]:
     return base | {k: base.get(k, {}) | v if isinstance(v, dict) else v for k, v in sections.items()}
 
 
-def write_corpus(path: pathlib.Path, rng: np.random.Generator, prompts: Sequence[str], *, steps: int) -> None:
+def write_corpus(path: epath.Path, rng: np.random.Generator, prompts: Sequence[str], *, steps: int) -> None:
     """Writes reviews of the grammar, enough for so many steps of SFT, once."""
     corpus = world.corpus(rng, EXAMPLES_PER_SFT_STEP * steps, prompts)
     write_once(path, ({"prompt": prompt, "completion": " " + review} for prompt, review in corpus))
 
 
-def write_once(path: pathlib.Path, records: Iterable[Mapping[str, Any]]) -> None:
+def write_once(path: epath.Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Writes JSON lines, unless the file is there; a file under its name is whole."""
     if path.is_file():
         return
@@ -135,6 +135,6 @@ def one_device() -> jax.sharding.Mesh:
     return make_mesh(data=1, devices=jax.devices()[:1])
 
 
-def checkpoint_steps(place: pathlib.Path) -> list[int]:
+def checkpoint_steps(place: epath.Path) -> list[int]:
     """The steps that a run kept, oldest first."""
     return sorted(int(d.name) for d in (place / FOLDER).glob("*") if d.name.isdigit())

@@ -3,11 +3,10 @@
 import json
 import math
 import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import jinja2
+from etils import epath
 from markupsafe import Markup
 
 from palign.report import plots
@@ -78,7 +77,7 @@ def render(report: RunReport) -> str:
     )
 
 
-def write_report(path: str | os.PathLike[str], report: RunReport) -> Path:
+def write_report(path: epath.PathLike, report: RunReport) -> epath.Path:
     """Writes the page, whole or not at all, and makes its folder if need be.
 
     Args:
@@ -88,14 +87,12 @@ def write_report(path: str | os.PathLike[str], report: RunReport) -> Path:
     Returns:
         The path.
     """
-    path = Path(path)
+    path = epath.Path(path)
     page = render(report)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as part:
-        part.write(page)
-    os.chmod(part.name, 0o644)
-    os.replace(part.name, path)
-    return path
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    part.write_text(page)
+    return part.replace(path)
 
 
 def _palette(report: RunReport) -> dict[str, str]:

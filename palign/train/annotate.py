@@ -1,22 +1,21 @@
 """Diagnostics of every record of a data file, written beside the record, and a filter by their quantiles."""
 
 import functools
-import gzip
 import json
 import math
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from palign.data.loader import Dataset
 from palign.data.pack import subset_tree, tree_tokens
 from palign.data.quantile_filter import QuantileRange, keep_quantiles, parse_quantile_range
-from palign.data.readers import read_records
+from palign.data.readers import open_data, read_records
 from palign.data.tokenize import TokenTree, tokenize_records
 from palign.eval.diagnostics import at_pairs
 from palign.eval.displacement import ches, hidden_sums_by_slot, length_normalised_ches
@@ -29,6 +28,7 @@ from palign.models.protocol import LanguageModel
 from palign.objectives.base import lengths_by_slot, sum_by_slot
 from palign.sharding.mesh import make_mesh
 from palign.train.metrics import Reporter, say
+from palign.train.paths import absolute
 from palign.train.prepare import has_preference
 from palign.train.sources import Loaded, load_run
 
@@ -70,12 +70,12 @@ class Read(NamedTuple):
 
 def annotate_run(
     name: str,
-    path: str | pathlib.Path,
-    out: str | pathlib.Path,
+    path: epath.PathLike,
+    out: epath.PathLike,
     *,
     reference: str = "",
     keep_quantile: str = "",
-    filtered: str | pathlib.Path = "",
+    filtered: epath.PathLike = "",
 ) -> dict[str, np.ndarray]:
     """Writes each record of a data file with what a run's model says of its best and its worst response.
 
@@ -170,14 +170,14 @@ def _given(reference: str) -> list[str]:
     return [key for key, needs in NUMBERS.items() if reference or not needs]
 
 
-def _check_files(path: str | pathlib.Path, outs: Sequence[str | pathlib.Path]) -> None:
-    taken = {pathlib.Path(path).resolve()}
-    for out in map(pathlib.Path, outs):
+def _check_files(path: epath.PathLike, outs: Sequence[epath.PathLike]) -> None:
+    taken = {absolute(path)}
+    for out in map(epath.Path, outs):
         if out.suffix != ".jsonl":
             raise ValueError(f"{out}: expected a file named *.jsonl to write to")
-        if out.resolve() in taken:
+        if absolute(out) in taken:
             raise ValueError(f"{out}: is read or written already; name another file")
-        taken.add(out.resolve())
+        taken.add(absolute(out))
 
 
 def _load_reference(name: str, policy: Loaded, mesh: Mesh) -> Loaded:
@@ -250,24 +250,23 @@ def _number(value: Any) -> float | None:
     return float(str(np.float32(value))) if np.isfinite(value) else None
 
 
-def _raw_lines(path: str | pathlib.Path) -> Iterator[tuple[int, bytes]]:
+def _raw_lines(path: epath.PathLike) -> Iterator[tuple[int, bytes]]:
     """Yields (record id, line) of a file that `read_records` has accepted."""
-    opened = gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb")
-    with opened as file:
+    with open_data(epath.Path(path)) as file:
         for id, raw in enumerate(file):
             if raw.strip():
                 yield id, raw.strip()
 
 
-def _annotated_lines(path: str | pathlib.Path, annotations: Mapping[int, Annotation]) -> Iterator[bytes]:
+def _annotated_lines(path: epath.PathLike, annotations: Mapping[int, Annotation]) -> Iterator[bytes]:
     # Written into the line as it stands: read and written again, numbers and escapes would change their form.
     for id, raw in _raw_lines(path):
         yield raw[:-1].rstrip() + f', "{KEY}": {json.dumps(annotations.get(id))}}}'.encode()
 
 
-def _write(out: str | pathlib.Path, lines: Iterator[bytes]) -> None:
+def _write(out: epath.PathLike, lines: Iterator[bytes]) -> None:
     """Writes a file that is whole as soon as it has its name."""
-    file = pathlib.Path(out)
+    file = epath.Path(out)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".jsonl.tmp")
     try:
@@ -278,7 +277,7 @@ def _write(out: str | pathlib.Path, lines: Iterator[bytes]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _report(path: str | pathlib.Path, out: str | pathlib.Path, read: Read, reference: Sequence[PairNumbers]) -> None:
+def _report(path: epath.PathLike, out: epath.PathLike, read: Read, reference: Sequence[PairNumbers]) -> None:
     reasons = ", ".join(f"{name.removeprefix('dropped_').replace('_', ' ')} {n:,}" for name, n in read.dropped.items())
     say(
         f"{out}: {read.lines:,} records, {len(read.trees):,} annotated, {read.without_a_preference:,} without a "

@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from palign.config.load import to_plain
@@ -22,6 +22,7 @@ from palign.objectives.compose import Diagnosis, make_objective
 from palign.objectives.readings import WEIGHTS, policy_sums, reference_sums
 from palign.objectives.registry import find_method, needs_of, resolve_methods
 from palign.sharding.mesh import TENSOR_AXIS, make_mesh, num_row_shards, to_global
+from palign.sharding.processes import is_main, local_rows
 from palign.sharding.rules import parameter_shardings
 from palign.train.cached import cache_hidden, cache_reference
 from palign.train.matching import match_prompts
@@ -38,7 +39,7 @@ class Run(NamedTuple):
     """Everything that the loop works with."""
 
     config: RunConfig
-    workdir: pathlib.Path
+    workdir: epath.Path
     mesh: Mesh
     lm: LanguageModel
     data: Prepared
@@ -49,7 +50,7 @@ class Run(NamedTuple):
     eval_step: Any  # with the compiled function beside it, see `make_eval_step`
 
 
-def build(config: RunConfig, workdir: pathlib.Path) -> tuple[Run, TrainState]:
+def build(config: RunConfig, workdir: epath.Path) -> tuple[Run, TrainState]:
     """Builds a run in its workdir, and the state that it begins with.
 
     Raises:
@@ -68,17 +69,18 @@ def build(config: RunConfig, workdir: pathlib.Path) -> tuple[Run, TrainState]:
     _say_what_stays_whole(config, mesh)
     made, state = assemble(config, workdir, mesh, data, sources)
     _check_best_metric(made, state)
-    (workdir / CONFIG).write_text(json.dumps(to_plain(config), indent=1))  # last: what was refused has not begun
+    if is_main():
+        (workdir / CONFIG).write_text(json.dumps(to_plain(config), indent=1))  # last: what was refused has not begun
     return made, state
 
 
-def find_sources(config: RunConfig, workdir: pathlib.Path) -> dict[str, Source]:
+def find_sources(config: RunConfig, workdir: epath.Path) -> dict[str, Source]:
     """Where the policy and the frozen models come from, by role; a stage's name means the sibling of that name."""
     named = {"init": config.init_from, **config.sources}
     return {role: find_source(name, f"{role}_from", workdir) for role, name in named.items() if name}
 
 
-def check_same_config(config: RunConfig, workdir: pathlib.Path) -> None:
+def check_same_config(config: RunConfig, workdir: epath.Path) -> None:
     """A run that was begun goes on, or is left as it is, under the config that it began with.
 
     Raises:
@@ -141,7 +143,7 @@ def _say_what_stays_whole(config: RunConfig, mesh: Mesh) -> None:
 
 
 def assemble(
-    config: RunConfig, workdir: pathlib.Path, mesh: Mesh, data: Prepared, sources: Mapping[str, Source]
+    config: RunConfig, workdir: epath.Path, mesh: Mesh, data: Prepared, sources: Mapping[str, Source]
 ) -> tuple[Run, TrainState]:
     """Loads the models, makes the objective and compiles nothing yet."""
     lm, trunk = make_language_model(config.model), make_language_model(without_value_head(config.model))
@@ -336,7 +338,8 @@ def evaluate(made: Run, params: Any, carry: dict[str, Any]) -> dict[str, float]:
     values: dict[str, float] = {}
     for name, dataset in made.data.evals.items():
         total: dict[str, Mean] | None = None
-        for _, batch in batches(dataset, start_step=0, micro_batches=1):
+        rows = local_rows(made.mesh, dataset.plan.rows_per_step)
+        for _, batch in batches(dataset, start_step=0, micro_batches=1, rows=rows):
             total = add(total, made.eval_step(params, carry, made.aux, to_global(made.mesh, batch)))
         assert total is not None
         means = to_floats(total)

@@ -7,12 +7,13 @@ values where the targets are.
 
 import dataclasses
 import hashlib
-import pathlib
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from palign.data.loader import Dataset, fingerprint
@@ -20,7 +21,9 @@ from palign.eval.per_target import per_target
 from palign.heads.target_values import target_logps
 from palign.heads.targets import Tower, at_targets
 from palign.models.protocol import LanguageModel
+from palign.sharding.processes import is_main, wait_for_all
 from palign.train.metrics import Reporter, say
+from palign.train.paths import is_local
 from palign.train.sources import digest
 from palign.types import Array, Batch
 
@@ -28,7 +31,7 @@ Values = list[tuple[np.ndarray, ...]]  # of each example, one array `[tokens, ..
 
 
 def cache_reference(
-    dataset: Dataset, name: str, lm: LanguageModel, params: Any, mesh: Mesh, workdir: pathlib.Path, *, chunk: int
+    dataset: Dataset, name: str, lm: LanguageModel, params: Any, mesh: Mesh, workdir: epath.Path, *, chunk: int
 ) -> Dataset:
     """Gives a data set the reference's log-probability of every target, from the cache or by one pass over it.
 
@@ -54,7 +57,7 @@ def cache_reference(
 
 
 def cache_hidden(
-    dataset: Dataset, name: str, role: str, lm: LanguageModel, params: Any, mesh: Mesh, workdir: pathlib.Path
+    dataset: Dataset, name: str, role: str, lm: LanguageModel, params: Any, mesh: Mesh, workdir: epath.Path
 ) -> Dataset:
     """Gives a data set a frozen model's hidden state at every target, from the cache or by one pass over it.
 
@@ -78,16 +81,15 @@ def cache_hidden(
     return dataclasses.replace(dataset, hidden={**(dataset.hidden or {}), role: values})
 
 
-def _cached(dataset: Dataset, title: str, function: Callable, params: Any, mesh: Mesh, workdir: pathlib.Path) -> Values:
+def _cached(dataset: Dataset, title: str, function: Callable, params: Any, mesh: Mesh, workdir: epath.Path) -> Values:
     key = hashlib.sha256(f"{digest(params)} {fingerprint(dataset)}".encode()).hexdigest()
     file = workdir / f"{title}_{key[:16]}.npy"
     if not file.is_file():
         flat = np.concatenate([x for tree in _compute(dataset, title, function, params, mesh) for x in tree])
-        temporary = file.with_suffix(".tmp.npy")
-        np.save(temporary, _storable(flat))
-        temporary.rename(file)  # a file under its name is whole
-        say(f"{file}: {flat.nbytes / 2**20:,.1f} MiB")
-    flat = _restored(np.load(file, mmap_mode="r"))
+        if is_main():
+            _save(file, flat)
+        wait_for_all(file.name)
+    flat = _restored(_load(file))
     ends = np.cumsum([response.size for tree in dataset.trees for response in tree.responses])[:-1]
     pieces: Iterator[np.ndarray] = iter(np.split(flat, ends))
     return [tuple(next(pieces) for _ in tree.responses) for tree in dataset.trees]
@@ -96,6 +98,19 @@ def _cached(dataset: Dataset, title: str, function: Callable, params: Any, mesh:
 def _compute(dataset: Dataset, title: str, function: Callable, params: Any, mesh: Mesh) -> Values:
     with Reporter(f"caching {title}", dataset.once().num_steps) as progress:
         return per_target(dataset, function, params, mesh, advance=progress.advance)
+
+
+def _save(file: epath.Path, flat: np.ndarray) -> None:
+    temporary = file.with_suffix(".tmp.npy")
+    with temporary.open("wb") as opened:
+        np.save(opened, _storable(flat))
+    temporary.replace(file)  # a file under its name is whole
+    say(f"{file}: {flat.nbytes / 2**20:,.1f} MiB")
+
+
+def _load(file: epath.Path) -> np.ndarray:
+    """Maps a local file into memory; one in a bucket is read."""
+    return np.load(file, mmap_mode="r") if is_local(file) else np.load(io.BytesIO(file.read_bytes()))
 
 
 def _storable(flat: np.ndarray) -> np.ndarray:

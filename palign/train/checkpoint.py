@@ -8,13 +8,14 @@ steps stay, and the best one by a named metric.
 
 import json
 import math
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from palign.train.paths import absolute
 from palign.train.state import TrainState
 
 FOLDER = "checkpoints"
@@ -23,7 +24,7 @@ FOLDER = "checkpoints"
 class Checkpoints:
     """The checkpoints of one run; use as a context manager, so that the last save is waited for."""
 
-    def __init__(self, workdir: pathlib.Path, *, keep: int, best_metric: str = "", best_mode: str = "min"):
+    def __init__(self, workdir: epath.Path, *, keep: int, best_metric: str = "", best_mode: str = "min"):
         """Opens (or begins) the checkpoints below `workdir`.
 
         Args:
@@ -43,7 +44,7 @@ class Checkpoints:
             kept.append(policies.BestN(get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False))
         self._metric = best_metric
         self._orbax = ocp.training.Checkpointer(
-            (workdir / FOLDER).absolute(),
+            absolute(workdir / FOLDER),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
@@ -89,7 +90,7 @@ def _items(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "rest": state._replace(params={}, carry={}), **carry}
 
 
-def load_params(workdir: pathlib.Path, which: str, shapes: Any) -> Any:
+def load_params(workdir: epath.Path, which: str, shapes: Any) -> Any:
     """Loads a finished or running run's weights.
 
     Args:
@@ -103,14 +104,14 @@ def load_params(workdir: pathlib.Path, which: str, shapes: Any) -> Any:
     folder = workdir / FOLDER
     if not folder.is_dir():
         raise ValueError(f"{workdir}: holds no checkpoints; expected the workdir of a run (with {FOLDER}/ in it)")
-    with ocp.training.Checkpointer(folder.absolute()) as orbax:
+    with ocp.training.Checkpointer(absolute(folder)) as orbax:
         steps = {checkpoint.step: checkpoint for checkpoint in orbax.checkpoints}
         step = _choose(workdir, which, steps)
         _check_shapes(f"{workdir}@{step}", orbax.checkpointables_metadata(step).metadata["params"], shapes)
         return orbax.load_checkpointables(step, {"params": shapes})["params"]
 
 
-def load_carry(workdir: pathlib.Path, which: str, shapes: Any) -> Any:
+def load_carry(workdir: epath.Path, which: str, shapes: Any) -> Any:
     """Loads what a run's methods remembered at a checkpoint.
 
     Args:
@@ -120,12 +121,12 @@ def load_carry(workdir: pathlib.Path, which: str, shapes: Any) -> Any:
     """
     if not shapes:
         return shapes
-    with ocp.training.Checkpointer((workdir / FOLDER).absolute()) as orbax:
+    with ocp.training.Checkpointer(absolute(workdir / FOLDER)) as orbax:
         step = _choose(workdir, which, {checkpoint.step: checkpoint for checkpoint in orbax.checkpoints})
         return orbax.load_checkpointables(step, {"carry": shapes})["carry"]
 
 
-def _choose(workdir: pathlib.Path, which: str, steps: Mapping[int, Any]) -> int:
+def _choose(workdir: epath.Path, which: str, steps: Mapping[int, Any]) -> int:
     if not steps:
         raise ValueError(f"{workdir}: no checkpoint is complete; let the run save one first")
     if which == "last":
@@ -140,7 +141,7 @@ def _choose(workdir: pathlib.Path, which: str, steps: Mapping[int, Any]) -> int:
     return int(which)
 
 
-def _best(workdir: pathlib.Path, ranked: list[tuple[float, int]]) -> int:
+def _best(workdir: epath.Path, ranked: list[tuple[float, int]]) -> int:
     mode = json.loads((workdir / "config.json").read_text())["train"]["best_mode"]
     return (min if mode == "min" else max)(ranked)[1]
 

@@ -1,9 +1,9 @@
 """Evaluating a checkpoint on records that its run may never have seen."""
 
 import dataclasses
-import pathlib
 
 import jax
+from etils import epath
 
 from palign.sharding.mesh import make_mesh
 from palign.train.build import assemble, evaluate, find_sources
@@ -26,7 +26,7 @@ def evaluate_run(name: str, path: str = "") -> dict[str, float]:
         ValueError: no such run or checkpoint, bad data, no held-out set.
     """
     place, _, which = name.partition("@")
-    workdir = pathlib.Path(place)
+    workdir = epath.Path(place)
     config = read_config(workdir)
     if config.objective.reference == "cached":  # one pass: nothing to save by caching
         config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, reference="live"))

@@ -2,20 +2,22 @@
 
 import contextlib
 import json
-import pathlib
 from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from palign.config.load import to_plain
 from palign.config.schema import RunConfig
 from palign.data.loader import batches, fingerprint
 from palign.models.protocol import Params
 from palign.sharding.mesh import to_global
+from palign.sharding.processes import is_main, local_rows, notice_of_end
 from palign.train.build import Run, build, check_same_config, evaluate
 from palign.train.checkpoint import Checkpoints
+from palign.train.lock import run_lock
 from palign.train.metrics import MetricWriter, Reporter, read_metrics, say, to_floats
 from palign.train.optimizer import learning_rate_schedule
 from palign.train.rollout import make_draw, on_policy_batches
@@ -29,7 +31,11 @@ class TrainingDivergedError(RuntimeError):
     """The loss or the gradient was not finite too many steps in a row."""
 
 
-def run(config: RunConfig, workdir: pathlib.Path) -> dict[str, float]:
+class PreemptedError(RuntimeError):
+    """The machine is taken away: the run was told to stop, and has saved where it was."""
+
+
+def run(config: RunConfig, workdir: epath.Path) -> dict[str, float]:
     """Trains what a config describes, into `workdir`.
 
     Args:
@@ -43,17 +49,23 @@ def run(config: RunConfig, workdir: pathlib.Path) -> dict[str, float]:
     Raises:
         ValueError: bad config, data or sources; nothing was trained.
         TrainingDivergedError: not finite for `config.train.stop_after_nonfinite` steps in a row.
+        PreemptedError: stopped by SIGTERM, with a checkpoint of the step that was being taken.
     """
+    workdir = epath.Path(workdir)
     if (workdir / FINISHED).is_file():
         check_same_config(config, workdir)
         say(f"{workdir}: finished before, left as it is")
         return json.loads((workdir / FINISHED).read_text())["metrics"]
-    made, state = build(config, workdir)
-    train = made.config.train
-    with Checkpoints(workdir, keep=train.keep, best_metric=train.best_metric, best_mode=train.best_mode) as checkpoints:
-        state = _resume(made, state, checkpoints)
-        metrics = _train(made, state, checkpoints)
-    (workdir / FINISHED).write_text(json.dumps({"steps": made.data.train.num_steps, "metrics": metrics}, indent=1))
+    with run_lock(workdir), notice_of_end() as told_to_stop:
+        made, state = build(config, workdir)
+        train = made.config.train
+        best = dict(best_metric=train.best_metric, best_mode=train.best_mode)
+        with Checkpoints(workdir, keep=train.keep, **best) as checkpoints:
+            state = _resume(made, state, checkpoints)
+            metrics = _train(made, state, checkpoints, told_to_stop)
+        if is_main():
+            finished = {"steps": made.data.train.num_steps, "metrics": metrics}
+            (workdir / FINISHED).write_text(json.dumps(finished, indent=1))
     return metrics
 
 
@@ -79,7 +91,9 @@ def _resume(made: Run, state: TrainState, checkpoints: Checkpoints) -> TrainStat
     return state
 
 
-def _train(made: Run, state: TrainState, checkpoints: Checkpoints) -> dict[str, float]:
+def _train(
+    made: Run, state: TrainState, checkpoints: Checkpoints, told_to_stop: Callable[[int], bool]
+) -> dict[str, float]:
     """The loop. Metrics are read a step late, so that the device never waits for the host."""
     train, num_steps, start = made.config.train, made.data.train.num_steps, int(state.step)
     rate = learning_rate_schedule(made.config.optimizer, num_steps)
@@ -95,14 +109,20 @@ def _train(made: Run, state: TrainState, checkpoints: Checkpoints) -> dict[str, 
                     _report(made, *pending, rate, writer, progress)
                 pending = (step + 1, metrics, host.example_id, figures)
                 last, fresh = step + 1 == num_steps, {}
+                stops = told_to_stop(step + 1) and (step + 1) % max(made.config.rollout.every, 1) == 0
                 if last or (train.eval_every and (step + 1) % train.eval_every == 0):
                     evaluated = fresh = evaluate(made, state.params, state.carry)
                     if evaluated:
                         writer.write(step + 1, evaluated)
-                if last or (step + 1) % train.checkpoint_every == 0:
+                if last or stops or (step + 1) % train.checkpoint_every == 0:
                     _report(made, *pending, rate, writer, progress)  # a diverged state is not worth saving
                     pending = None
+                    writer.flush()
                     checkpoints.save(state, facts, fresh)
+                if stops and not last:
+                    raise PreemptedError(
+                        f"{made.workdir}: told to stop, saved step {step + 1} of {num_steps}; the same command goes on"
+                    )
     finally:
         steps.close()
         writer.close()
@@ -112,12 +132,15 @@ def _train(made: Run, state: TrainState, checkpoints: Checkpoints) -> dict[str, 
 def _steps(made: Run, current: Callable[[], Params], start: int) -> Generator[tuple[int, Batch, dict[str, float]]]:
     """Yields (step, batch, figures to be logged with it): the data's responses, or the policy's own."""
     settings, dataset, micro_batches = made.config.rollout, made.data.train, made.config.data.micro_batches
+    rows = local_rows(made.mesh, dataset.plan.rows_per_step // micro_batches)
     if settings.every:
         draw = make_draw(made.lm, made.mesh, dataset, settings, eos_id=made.data.tokenizer.eos_id)
-        order = dict(start=start, micro_batches=micro_batches, seed=made.config.train.seed)
-        yield from on_policy_batches(dataset, draw, current, every=settings.every, **order)
+        seed, every = made.config.train.seed, settings.every
+        yield from on_policy_batches(
+            dataset, draw, current, every=every, start=start, micro_batches=micro_batches, seed=seed, rows=rows
+        )
         return
-    with contextlib.closing(batches(dataset, start_step=start, micro_batches=micro_batches)) as steps:
+    with contextlib.closing(batches(dataset, start_step=start, micro_batches=micro_batches, rows=rows)) as steps:
         for step, batch in steps:
             yield step, batch, {}
 
@@ -147,7 +170,7 @@ def _report(made, step, metrics, examples, figures, rate, writer, progress) -> N
         )
 
 
-def last_evaluation(workdir: pathlib.Path) -> dict[str, float]:
+def last_evaluation(workdir: epath.Path) -> dict[str, float]:
     """The newest evaluation in a run's log."""
     for line in reversed(read_metrics(workdir)):
         if any(name.startswith("eval_") for name in line):

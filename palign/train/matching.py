@@ -7,12 +7,13 @@ and an evaluation see the same weights.
 
 import dataclasses
 import functools
-import pathlib
+import io
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from palign import losses
@@ -20,6 +21,7 @@ from palign.data.loader import Dataset
 from palign.data.tokenize import TokenTree
 from palign.eval.per_target import per_row
 from palign.models.protocol import LanguageModel, Params
+from palign.sharding.processes import is_main
 from palign.train.metrics import say
 from palign.train.prepare import Prepared
 from palign.types import Batch
@@ -29,7 +31,7 @@ MOST_PROMPTS = 4096  # that the classifier is fitted on
 
 
 def match_prompts(
-    data: Prepared, lm: LanguageModel, params: Params, mesh: Mesh, workdir: pathlib.Path, *, seed: int
+    data: Prepared, lm: LanguageModel, params: Params, mesh: Mesh, workdir: epath.Path, *, seed: int
 ) -> Prepared:
     """Gives every data set weights, where thumbs-up and thumbs-down stand behind different prompts.
 
@@ -69,7 +71,7 @@ def _differ(trees: Sequence[TokenTree]) -> bool:
 
 def _classifier(dataset, lm, params, mesh, file, seed) -> losses.PromptClassifier:
     if file.is_file():
-        stored = np.load(file)
+        stored = np.load(io.BytesIO(file.read_bytes()))
         return losses.PromptClassifier(jnp.asarray(stored["kernel"]), jnp.asarray(stored["bias"]))
     judged = [i for i, tree in enumerate(dataset.trees) if thumb(tree)]
     chosen = sorted(np.random.default_rng(seed).permutation(judged)[:MOST_PROMPTS].tolist())
@@ -78,9 +80,11 @@ def _classifier(dataset, lm, params, mesh, file, seed) -> losses.PromptClassifie
     classifier = losses.fit_prompt_classifier(jnp.asarray(embeddings), jnp.asarray(liked))
     right = np.asarray(losses.desirable_probability(classifier, jnp.asarray(embeddings)) > 0.5) == liked
     say(f"bco: {right[liked].mean():.0%} of thumbs-up and {right[~liked].mean():.0%} of thumbs-down prompts told apart")
-    temporary = file.with_suffix(".tmp.npz")
-    np.savez(temporary, kernel=np.asarray(classifier.kernel), bias=np.asarray(classifier.bias))
-    temporary.rename(file)
+    if is_main():
+        temporary = file.with_suffix(".tmp.npz")
+        with temporary.open("wb") as opened:
+            np.savez(opened, kernel=np.asarray(classifier.kernel), bias=np.asarray(classifier.bias))
+        temporary.replace(file)
     return classifier
 
 

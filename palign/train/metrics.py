@@ -1,21 +1,28 @@
 """Metrics on their way out: means divided once, a JSON line per log, TensorBoard, and progress on the terminal."""
 
+import contextlib
 import json
 import pathlib
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from palign.sharding.processes import is_main
+from palign.train.paths import is_local
 from palign.types import Mean
 
 FILE = "metrics.jsonl"
+EVENTS = "tensorboard"
+COPY_SECONDS = 60.0
 QUIET_SECONDS = 10.0  # between lines where the output is not a terminal
 
 
@@ -34,7 +41,7 @@ def add(total: Mapping[str, Mean] | None, more: Mapping[str, Mean]) -> dict[str,
     )
 
 
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
     """The logged lines of a run, oldest first; a last line that was cut off is left out."""
     file = workdir / FILE
     lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
@@ -42,28 +49,56 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class MetricWriter:
-    """Appends to `metrics.jsonl` and to TensorBoard's event file."""
+    """Appends to `metrics.jsonl` and to TensorBoard's event file; in process 0, in the others nothing is written.
 
-    def __init__(self, workdir: pathlib.Path, *, start_step: int):
+    Files in a bucket cannot be appended to: there both are written on this machine and copied as a whole, at every
+    `flush` and else about once a minute.
+    """
+
+    def __init__(self, workdir: epath.Path, *, start_step: int):
         """Opens both; lines of steps after `start_step`, which a resumed run takes again, are removed."""
+        self._closing = contextlib.ExitStack()
+        self._workdir, self._copied = workdir, time.monotonic()
+        self._writes = is_main()
+        if not self._writes:
+            return
+        local = workdir if is_local(workdir) else self._closing.enter_context(tempfile.TemporaryDirectory())
+        self._local = pathlib.Path(local)
         kept = [line for line in read_metrics(workdir) if line["step"] <= start_step]
-        temporary = workdir / f"{FILE}.tmp"
+        temporary = self._local / f"{FILE}.tmp"
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(workdir / FILE)  # whole at any instant
-        self._file = (workdir / FILE).open("a", buffering=1)
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        temporary.replace(self._local / FILE)  # whole at any instant
+        self._file = (self._local / FILE).open("a", buffering=1)
+        self._events = SummaryWriter(str(self._local / EVENTS), purge_step=start_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one line and one event per value; JSON has no NaN, so a value that is not finite becomes null."""
+        if not self._writes:
+            return
         finite = {name: value if np.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        if time.monotonic() - self._copied > COPY_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Copies both to the workdir, where that is in a bucket."""
+        self._copied = time.monotonic()
+        if not self._writes or is_local(self._workdir):
+            return
+        self._events.flush()
+        (self._workdir / EVENTS).mkdir(parents=True, exist_ok=True)
+        for file in [self._local / FILE, *(self._local / EVENTS).iterdir()]:
+            epath.Path(file).copy(self._workdir / file.relative_to(self._local), overwrite=True)
 
     def close(self) -> None:
-        """Flushes both."""
-        self._file.close()
-        self._events.close()
+        """Ends both files."""
+        if self._writes:
+            self.flush()
+            self._file.close()
+            self._events.close()
+        self._closing.close()
 
 
 class Reporter:
@@ -71,7 +106,7 @@ class Reporter:
 
     def __init__(self, title: str, total: int, *, start: int = 0, unit: str = "tok/s", console: Console | None = None):
         """Starts at `start` of `total` steps."""
-        self._console = console or Console(stderr=True)
+        self._console = console or Console(stderr=True, quiet=not is_main())
         self._title, self._total, self._unit = title, total, unit
         self._begin = self._spoken = time.monotonic()
         self._start, self._done, self._amount = start, start, 0.0
@@ -119,5 +154,6 @@ class Reporter:
 
 
 def say(text: str) -> None:
-    """Prints a line to standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """Prints a line to standard error, in process 0."""
+    if is_main():
+        print(text, file=sys.stderr, flush=True)

@@ -2,11 +2,11 @@
 
 import dataclasses
 import hashlib
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 
 from palign.config.schema import DataConfig, RunConfig
 from palign.data.loader import Dataset
@@ -17,6 +17,7 @@ from palign.data.records import Record, best_response
 from palign.data.tokenize import TokenTree, add_mismatched, tokenize_records
 from palign.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
 from palign.objectives.registry import find_method
+from palign.sharding.processes import is_main, wait_for_all
 from palign.train.metrics import say
 from palign.train.sources import CONFIG
 
@@ -47,7 +48,7 @@ RECORDS: dict[str, Callable[[Record], Record]] = {
 }
 
 
-def prepare(config: RunConfig, workdir: pathlib.Path, inherited: pathlib.Path | None) -> Prepared:
+def prepare(config: RunConfig, workdir: epath.Path, inherited: epath.Path | None) -> Prepared:
     """Reads, splits, tokenises, fits and plans the data of a run, and prints the counts.
 
     Args:
@@ -111,16 +112,21 @@ def _share(prompt: str, seed: int) -> float:
 
 
 def _prepare_tokenizer(config, workdir, inherited, records: Sequence[Record]) -> Tokenizer:
+    """The run's tokenizer, kept in its workdir by process 0 and read there by the others."""
+    if is_main():
+        _find_tokenizer(config, workdir, inherited, records).save(workdir)
+    wait_for_all("tokenizer")
+    return load_tokenizer(workdir)
+
+
+def _find_tokenizer(config, workdir, inherited, records: Sequence[Record]) -> Tokenizer:
     for place in (workdir, config.tokenizer.path, inherited):
         if place and (place != workdir or (workdir / CONFIG).is_file()):  # a run that was refused left no config
-            tokenizer = load_tokenizer(place)
-            break
-    else:
-        texts = [record.prompt + response for record in records for response in record.responses]
-        c = config.tokenizer
-        tokenizer = train_sentencepiece(texts, vocab_size=c.vocab_size, model_type=c.model_type)
-        say(f"tokenizer: trained a {c.model_type} model of {tokenizer.vocab_size} pieces on {len(texts)} texts")
-    tokenizer.save(workdir)
+            return load_tokenizer(place)
+    texts = [record.prompt + response for record in records for response in record.responses]
+    c = config.tokenizer
+    tokenizer = train_sentencepiece(texts, vocab_size=c.vocab_size, model_type=c.model_type)
+    say(f"tokenizer: trained a {c.model_type} model of {tokenizer.vocab_size} pieces on {len(texts)} texts")
     return tokenizer
 
 

@@ -34,6 +34,7 @@ def on_policy_batches(
     start: int,
     micro_batches: int,
     seed: int,
+    rows: slice = slice(None),
 ) -> Generator[tuple[int, Batch, dict[str, float]]]:
     """Yields (step, batch, figures of the draw), each batch with the policy's own responses.
 
@@ -45,6 +46,7 @@ def on_policy_batches(
         start: the first step, a multiple of `every`.
         micro_batches: see `Dataset.step_batch`.
         seed: of the draws.
+        rows: see `Dataset.step_batch`.
 
     Yields:
         The steps from `start` on. The figures are TRL's: `completions/mean_length`, tokens, and
@@ -61,7 +63,8 @@ def on_policy_batches(
         drawn = iter(responses)
         for step, part in enumerate(parts, start=first):
             trees = [tree._replace(responses=(next(drawn),)) for tree in part.trees]
-            yield step, dataclasses.replace(part, trees=trees).step_batch(0, micro_batches=micro_batches), figures
+            drawn_part = dataclasses.replace(part, trees=trees)
+            yield step, drawn_part.step_batch(0, micro_batches=micro_batches, rows=rows), figures
 
 
 def part_of_step(dataset: Dataset, step: int) -> Dataset:

@@ -3,11 +3,12 @@
 import dataclasses
 import hashlib
 import json
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from palign.config.load import resolve_run
@@ -26,17 +27,17 @@ CONFIG = "config.json"
 class Source(NamedTuple):
     """A run's workdir and which of its checkpoints."""
 
-    workdir: pathlib.Path
+    workdir: epath.Path
     which: str
 
 
-def sibling_stages(workdir: pathlib.Path) -> dict[str, pathlib.Path]:
+def sibling_stages(workdir: epath.Path) -> dict[str, epath.Path]:
     """The stages that lie beside a stage's workdir `NN-name`, by name, without itself."""
     found = {d.name.partition("-")[2]: d for d in sorted(workdir.parent.glob("[0-9][0-9]-*")) if d != workdir}
     return found if workdir.name[:2].isdigit() else {}
 
 
-def find_source(name: str, key: str, workdir: pathlib.Path) -> Source:
+def find_source(name: str, key: str, workdir: epath.Path) -> Source:
     """Looks a source up.
 
     Args:
@@ -49,14 +50,14 @@ def find_source(name: str, key: str, workdir: pathlib.Path) -> Source:
     """
     place, _, which = name.partition("@")
     stages = sibling_stages(workdir)
-    found = stages.get(place, pathlib.Path(place))
+    found = stages.get(place, epath.Path(place))
     if not (found / CONFIG).is_file():
         known = f"stages here: {', '.join(stages)}" if stages else "there are no stages here"
         raise ValueError(f"config.{key} = {name!r}: neither a stage nor the workdir of a run ({known})")
     return Source(found, which or "last")
 
 
-def read_config(workdir: pathlib.Path) -> RunConfig:
+def read_config(workdir: epath.Path) -> RunConfig:
     """The resolved config of a run.
 
     Raises:
@@ -106,7 +107,7 @@ class Loaded(NamedTuple):
 def load_run(name: str, *, mesh: Mesh | None = None) -> Loaded:
     """Loads the model and tokenizer of a run's workdir (`@step`, `@last`, `@best` behind it)."""
     place, _, which = name.partition("@")
-    source = Source(pathlib.Path(place), which or "last")
+    source = Source(epath.Path(place), which or "last")
     config = read_config(source.workdir)
     lm = make_language_model(config.model)
     params = load_source(source, lm, mesh or make_mesh(data=1, devices=jax.devices()[:1]))
@@ -118,5 +119,6 @@ def digest(params: Any) -> str:
     sha = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         sha.update(jax.tree_util.keystr(path).encode())
-        sha.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+        whole = leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+        sha.update(np.ascontiguousarray(jax.device_get(whole)).tobytes())
     return sha.hexdigest()
