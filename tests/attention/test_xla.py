@@ -148,12 +148,14 @@ def test_a_list_whose_length_is_no_causal_bound_is_an_error():
             attend(query, key, value, ids[2], ids[0], ids[1], wrong, EVERYTHING, scale=1.0)
 
 
-def test_eight_devices_compute_what_one_does():
+@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=4), dict(fsdp=2, tensor=4)], ids=str)
+def test_eight_devices_compute_what_one_does(mesh):
+    """Over rows; and over rows and heads, four groups of them, though there are two key heads."""
     rng = np.random.default_rng(9)
     ids, pairs = random_rows(rng)
     arrays = random_arrays(rng)
     expected, _ = compile_both()(arrays, ids, pairs, EVERYTHING)
-    mesh = make_mesh(data=2, fsdp=4)
+    mesh = make_mesh(**mesh)
     place = lambda tree, axis: jax.device_put(tree, row_sharding(mesh, axis=axis))
     with jax.set_mesh(mesh), uncached():
         got, _ = compile_both()(place(arrays, 0), place(ids, 1), place(pairs, 0), EVERYTHING)

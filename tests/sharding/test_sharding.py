@@ -76,11 +76,62 @@ def test_every_kernel_is_cut_along_the_model_width_and_nothing_else_is():
         assert set(sharding.spec) <= {None, "fsdp"}
 
 
-def test_an_axis_that_the_mesh_does_not_divide_is_an_error_that_says_where():
-    shapes = shapes_of(dataclasses.replace(TINY, dim=12, num_heads=2, num_key_heads=1))
-    message = "config.mesh.fsdp = 8 does not divide axis 'embed' of parameter '.*', 12 long; choose a divisor"
+def test_a_tensor_axis_cuts_heads_feed_forward_width_and_vocabulary():
+    expected = {
+        "embedding": P("tensor", "fsdp"),
+        "unembedding": P("fsdp", "tensor"),
+        "value_head/kernel": P("fsdp", None),
+        "layers/attention/output/kernel": P(None, "tensor", None, "fsdp"),
+        "layers/mlp/gate/kernel": P(None, "fsdp", "tensor"),
+        "layers/mlp/up/kernel": P(None, "fsdp", "tensor"),
+        "layers/mlp/down/kernel": P(None, "tensor", "fsdp"),
+    }
+    for name in ("query", "key", "value"):
+        expected[f"layers/attention/{name}/kernel"] = P(None, "fsdp", "tensor", None)
+        expected[f"layers/attention/{name}/bias"] = P(None, "tensor", None)
+    shardings = rules.parameter_shardings(make_mesh(data=2, fsdp=2, tensor=2), shapes_of(EVERYTHING))
+    for path, sharding in jax.tree_util.tree_leaves_with_path(shardings):
+        name = rules.path_name(path)
+        if name.endswith("scale"):
+            assert not any(sharding.spec), name
+        else:
+            assert sharding.spec == expected.pop(name), name
+    assert not expected
+
+
+def test_key_heads_stay_whole_where_the_tensor_axis_does_not_divide_them():
+    shardings = rules.parameter_shardings(make_mesh(data=2, tensor=4), shapes_of(EVERYTHING))
+    attention = shardings["layers"]["attention"]
+    assert attention["query"]["kernel"].spec == P(None, "fsdp", "tensor", None)
+    assert attention["key"]["kernel"].spec == attention["value"]["kernel"].spec == P(None, "fsdp", None, None)
+    assert attention["key"]["bias"].spec == P(None, None, None)
+
+
+def test_a_mesh_cuts_along_the_axes_that_it_has():
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    assert rules.parameter_shardings(mesh, shapes_of(TINY))["embedding"].spec == P(None, "fsdp")
+
+
+def test_a_parameter_that_an_axis_would_cut_twice_is_an_error(monkeypatch):
+    monkeypatch.setitem(rules.MESH_AXES, "embed", "tensor")
+    message = "parameter 'embedding': mesh axis 'tensor' would cut both 'vocab' and 'embed'; give one of them another"
     with pytest.raises(ValueError, match=message):
-        rules.parameter_shardings(make_mesh(data=1, fsdp=8), shapes)
+        rules.parameter_shardings(make_mesh(data=4, tensor=2), shapes_of(TINY))
+
+
+@pytest.mark.parametrize(
+    ("options", "mesh", "message"),
+    [
+        (dict(dim=12, num_heads=2, num_key_heads=1), dict(fsdp=8), "fsdp = 8 .* 'embed' of .*, 12 long; choose a"),
+        ({}, dict(tensor=8), "tensor = 8 .* 'heads' of parameter 'layers/attention/output/kernel', 4 long; choose"),
+        (dict(hidden_dim=26), dict(tensor=4), "tensor = 4 .* 'mlp' of parameter 'layers/mlp/down/kernel', 26 long"),
+        (dict(vocab_multiple=2), dict(tensor=4), "'vocab' of parameter 'embedding', 50 long; .* config.model.vocab_"),
+    ],
+)  # fmt: skip
+def test_an_axis_that_the_mesh_does_not_divide_is_an_error_that_says_where(options, mesh, message):
+    shapes = shapes_of(dataclasses.replace(TINY, **options))
+    with pytest.raises(ValueError, match=f"^config.mesh..*{message}"):
+        rules.parameter_shardings(make_mesh(**mesh), shapes)
 
 
 def test_a_parameter_of_another_rank_than_its_rule_is_an_error():
@@ -112,8 +163,54 @@ def test_a_mesh_that_does_not_make_the_devices_is_an_error(given):
 
 
 def test_two_open_axes_are_an_error():
-    with pytest.raises(ValueError, match="data and fsdp are -1, and only one can be inferred"):
+    with pytest.raises(ValueError, match=r"config.mesh: data and fsdp are -1, and only one can be inferred"):
         make_mesh(data=-1, fsdp=-1)
+
+
+def test_rows_cannot_be_cut_yet():
+    with pytest.raises(ValueError, match=r"config.mesh.context = 2: rows cannot be cut over devices yet; use 1"):
+        make_mesh(context=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What the order of devices is decided by."""
+
+    id: int
+    slice_index: int
+    platform: str
+    device_kind: str = "of a test"
+    process_index: int = 0
+
+
+def two_slices(platform):
+    return [Device(i, slice_index=i % 2, platform=platform) for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("given", "slices"),
+    [
+        (dict(fsdp=4, dcn_data=2), [[0, 0, 0, 0], [1, 1, 1, 1]]),
+        (dict(data=2, fsdp=4, dcn_fsdp=2), [[0, 0, 1, 1], [0, 0, 1, 1]]),
+        (dict(data=1, fsdp=-1, dcn_fsdp=2), [[0, 0, 0, 0, 1, 1, 1, 1]]),
+    ],
+)
+def test_an_axis_goes_round_a_slice_before_it_goes_to_the_next(given, slices):
+    grid = make_mesh(**given, devices=two_slices("cpu")).devices
+    assert [[device.slice_index for device in row] for row in grid] == slices
+
+
+@pytest.mark.parametrize(
+    ("given", "devices", "message"),
+    [
+        (dict(dcn_data=2), None, "dcn_data=2, dcn_fsdp=1 is for 2 slices, and the devices form 1; expected 1"),
+        (dict(), two_slices("tpu"), "dcn_data=1, dcn_fsdp=1 is for 1 slices, and the devices form 2; expected 2"),
+        (dict(data=1, fsdp=8, dcn_data=2), two_slices("tpu"), "dcn_data = 2: expected a divisor of data = 1"),
+    ],
+)
+def test_slices_that_the_axes_do_not_span_are_an_error(given, devices, message):
+    with pytest.raises(ValueError, match=f"config.mesh.*{message}"):
+        make_mesh(**given, devices=devices)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from palign.heads.target_values import target_logps
 from palign.models.transformer import make_language_model
@@ -23,12 +24,17 @@ from palign.types import Terms
 from tests.compiled import collectives, largest_buffer, uncached
 from tests.trees import TINY, largest_difference, make_batch, random_trees
 
-# A vocabulary so large that logits of all targets would be the largest array by far.
-MODEL = dataclasses.replace(TINY, vocab_size=500)
-ROWS, TOKENS = 16, 128
+# A vocabulary so large that logits of all targets would be the largest array by far; no other size is 3.
+MODEL = dataclasses.replace(TINY, vocab_size=500, num_layers=3)
+ROWS, TOKENS, CHUNK = 16, 128, 16
 TX = optax.sgd(0.1, momentum=0.9)  # its momentum after one step is the gradient
-LAYOUTS = {"1x16": (1, 1, 1), "2x8": (2, 1, 1), "4x4": (4, 1, 1), "8x2": (8, 1, 1)}  # micro-batches, data, fsdp
-MESHES = {"data=8": (2, 8, 1), "fsdp=8": (1, 1, 8), "data=2, fsdp=4": (2, 2, 4)}
+# Micro-batches, data, fsdp, tensor.
+LAYOUTS = {"1x16": (1, 1, 1, 1), "2x8": (2, 1, 1, 1), "4x4": (4, 1, 1, 1), "8x2": (8, 1, 1, 1)}
+ROW_MESHES = {"data=8": (2, 8, 1, 1), "fsdp=8": (1, 1, 8, 1), "data=2, fsdp=4": (2, 2, 4, 1)}
+MIXED = (1, 2, 2, 2)
+FAST_MESHES = ROW_MESHES | {"data=2, fsdp=2, tensor=2": MIXED}
+MESHES = FAST_MESHES | {"data=4, tensor=2": (2, 4, 1, 2), "fsdp=2, tensor=4": (1, 1, 2, 4)}
+EVERY_MESH = [pytest.param(name, marks=() if name in FAST_MESHES else pytest.mark.slow) for name in MESHES]
 
 
 class Run(NamedTuple):
@@ -77,18 +83,18 @@ def rows(num=24, seed=0):
 
 
 @functools.cache
-def build(micro_batches=1, data=1, fsdp=1, cached=False):
+def build(micro_batches=1, data=1, fsdp=1, tensor=1, cached=False):
     """The step of `dpo` (a mean over pairs) and half an `sft` (a mean over tokens)."""
     remat = "full" if fsdp > 1 else "none"  # gathers inside what is recomputed
     lm = make_language_model(dataclasses.replace(MODEL, remat=remat))
-    mesh = make_mesh(data=data, fsdp=fsdp, devices=jax.devices()[: data * fsdp])
+    mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=jax.devices()[: data * fsdp * tensor])
     shardings = state_shardings(mesh, lm, TX)
     objective = make_objective(
-        lm, ["dpo", "sft"], loss_weights=[1.0, 0.5], hyper={"beta": 0.1}, chunk=16, cached_reference=cached
+        lm, ["dpo", "sft"], loss_weights=[1.0, 0.5], hyper={"beta": 0.1}, chunk=CHUNK, cached_reference=cached
     )
     aux_shardings = {} if cached else {"reference": shardings.params}
     step = make_train_step(objective, TX, mesh, shardings, aux_shardings)
-    return Run(step, lm, mesh, shardings, shardings.params, micro_batches, (micro_batches, data, fsdp))
+    return Run(step, lm, mesh, shardings, shardings.params, micro_batches, (micro_batches, data, fsdp, tensor))
 
 
 @functools.cache
@@ -117,9 +123,33 @@ def test_micro_batches_do_not_change_the_update_of_a_mixture(layout):
     assert_same_update(result(*LAYOUTS[layout]), result(*LAYOUTS["1x16"]))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", EVERY_MESH)
 def test_eight_devices_make_the_update_that_one_makes(mesh):
     assert_same_update(result(*MESHES[mesh]), result(*LAYOUTS["1x16"]))
+
+
+@functools.cache
+def five_steps(*arguments):
+    """Losses, example ids and the last parameters of five steps, each on other trees, through one program."""
+    run, state = build(*arguments), build(*arguments).state(params()[0])
+    losses, example_ids = [], []
+    for seed in range(5):
+        before, (state, metrics) = state, run(rows(24, seed), state=state)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))  # donated
+        losses.append(float(metrics["loss"].sum))
+        example_ids.append(np.asarray(run.batch(rows(24, seed)).example_id).reshape(ROWS, -1))
+    return losses, example_ids, jax.device_get(state.params)
+
+
+@pytest.mark.parametrize("mesh", EVERY_MESH)
+def test_eight_devices_take_the_five_steps_that_one_takes(mesh):
+    (losses, example_ids, after), (expected, expected_ids, expected_after) = (
+        five_steps(*arguments) for arguments in (MESHES[mesh], LAYOUTS["1x16"])
+    )
+    np.testing.assert_array_equal(example_ids, expected_ids)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert len(set(losses)) == 5 and largest_difference(after, params()[0]) > 1e-2
+    assert largest_difference(after, expected_after) < 1e-5
 
 
 @functools.cache
@@ -130,25 +160,49 @@ def program(*arguments):
         return run.step.compiled.lower(run.state(policy), run.aux(reference=reference), run.batch(rows())).compile()
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+def kind_of(shape):
+    return tuple(sorted(n for n in shape if n != 1))  # a kernel or its transpose
+
+
+def parts_of(arguments, name):
+    """Kinds of what a device holds of some parameters, of one layer at a time, once fsdp has gathered them."""
+
+    def part(leaf, sharding):
+        spec = P(*(axis if axis == "tensor" else None for axis in sharding.spec))
+        return kind_of(NamedSharding(sharding.mesh, spec).shard_shape(leaf.shape)[name == "layers" :])
+
+    trees = params()[0][name], build(*arguments).shardings.params[name]
+    return {part(*both) for both in zip(*map(jax.tree.leaves, trees), strict=True)}
+
+
+@pytest.mark.parametrize("mesh", ROW_MESHES)
 def test_devices_exchange_parameters_gradients_and_numbers_but_no_activations(mesh):
-    micro_batches, data, fsdp = MESHES[mesh]
-    kind_of = lambda shape: tuple(sorted(n for n in shape if n != 1))  # a kernel or its transpose
-    of_one_layer = {kind_of(leaf.shape[1:]) for leaf in jax.tree.leaves(params()[0]["layers"])}
-    parameters = of_one_layer | {kind_of(leaf.shape) for leaf in jax.tree.leaves(params()[0])}
-    found = collectives(program(micro_batches, data, fsdp))
+    arguments = ROW_MESHES[mesh]
+    layer, embedding = parts_of(arguments, "layers"), parts_of(arguments, "embedding")
+    found = collectives(program(*arguments))
     assert {c.kind for c in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
     gathered = {kind_of(c.shape) for c in found if c.kind == "all-gather"}
-    assert gathered <= parameters and bool(gathered) == (fsdp > 1)
+    assert gathered <= layer | embedding and bool(gathered) == (arguments[2] > 1)  # never a stack of layers
     summed = {kind_of(c.shape) for c in found if c.kind != "all-gather"}
-    assert () in summed and summed > of_one_layer and summed <= parameters | {()}
+    assert layer < summed <= layer | embedding | {()}
 
 
-@pytest.mark.parametrize("layout", ["1x16", *MESHES])
+def test_over_a_tensor_axis_devices_add_up_partial_sums_and_gather_no_activations():
+    found = collectives(program(*MIXED))
+    # Embedding, attention and feed-forward of policy and reference; attention again, recomputed for the backward pass;
+    # and back through query, key, value, gate and up. TPU's compiler makes two of these five.
+    hidden = [c.kind for c in found if c.shape == (ROWS // 4, TOKENS, MODEL.dim)]
+    assert hidden == ["all-reduce"] * (2 * 3 + 1 + 5)
+    gathered = {kind_of(c.shape) for c in found if c.kind == "all-gather"}
+    most_likely = (2, CHUNK)  # token of each target, in each device's part of the vocabulary
+    assert gathered <= parts_of(MIXED, "layers") | parts_of(MIXED, "embedding") | {most_likely}
+
+
+@pytest.mark.parametrize("layout", ["1x16", *EVERY_MESH])
 def test_no_buffer_holds_the_logits_of_all_targets(layout):
-    micro_batches, data, fsdp = (LAYOUTS | MESHES)[layout]
+    micro_batches, data, fsdp, tensor = arguments = (LAYOUTS | MESHES)[layout]
     local_rows = ROWS // micro_batches // (data * fsdp)
-    assert largest_buffer(program(micro_batches, data, fsdp)) < local_rows * TOKENS * MODEL.vocab_size
+    assert largest_buffer(program(*arguments)) < local_rows * TOKENS * MODEL.vocab_size // tensor
 
 
 def test_batches_of_any_size_run_through_one_compilation():
@@ -176,7 +230,7 @@ def test_the_state_is_donated_and_the_frozen_model_is_not():
 
 def test_the_reference_gets_no_gradient():
     lm = make_language_model(MODEL)
-    objective = make_objective(lm, ["dpo"], hyper={"beta": 0.1}, chunk=16)
+    objective = make_objective(lm, ["dpo"], hyper={"beta": 0.1}, chunk=CHUNK)
     nothing = Context({}, {})
     loss = lambda reference, policy, batch: objective.loss(policy, {"reference": reference}, batch, nothing).terms[
         "dpo"
@@ -186,7 +240,7 @@ def test_the_reference_gets_no_gradient():
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("arguments", [LAYOUTS["1x16"], *MESHES.values()])
+@pytest.mark.parametrize("arguments", [LAYOUTS["1x16"], *FAST_MESHES.values()])
 def test_a_policy_that_equals_its_reference_has_loss_log_2_and_rewards_0(arguments):
     policy, _ = params()
     _, metrics = build(*arguments)(rows(), reference=policy)
@@ -210,7 +264,7 @@ def test_the_loss_of_one_such_pair_is_log_2_to_the_last_bit(seed):
 @functools.cache
 def reference_logps():
     run, (_, reference) = build(), params()
-    logps = jax.jit(lambda p, b: target_logps(run.lm.hidden(p, b), run.lm.unembed(p), b, chunk=16))
+    logps = jax.jit(lambda p, b: target_logps(run.lm.hidden(p, b), run.lm.unembed(p), b, chunk=CHUNK))
     return np.asarray(logps(reference, rows()))
 
 
@@ -259,7 +313,7 @@ def test_a_copied_policy_can_be_trained_beside_the_model_that_it_came_from():
 def test_evaluation_adds_up_over_micro_batches_and_agrees_with_training():
     run = build(2)
     lm, mesh = run.lm, run.mesh
-    objective = make_objective(lm, ["dpo", "sft"], loss_weights=[1.0, 0.5], hyper={"beta": 0.1}, chunk=16)
+    objective = make_objective(lm, ["dpo", "sft"], loss_weights=[1.0, 0.5], hyper={"beta": 0.1}, chunk=CHUNK)
     evaluate = make_eval_step(objective, mesh, run.shardings.params, {"reference": run.aux_shardings})
     policy, reference = params()
     metrics = evaluate(policy, {}, run.aux(reference=reference), run.batch(rows()))
