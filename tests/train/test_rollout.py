@@ -14,6 +14,7 @@ from palign.data.plan import plan_epochs, row_needs
 from palign.data.tokenize import TokenTree
 from palign.models.transformer import make_language_model
 from palign.sharding.mesh import make_mesh
+from palign.sharding.rules import parameter_shardings
 from palign.train.build import check_config
 from palign.train.loop import run
 from palign.train.metrics import Reporter, read_metrics
@@ -89,24 +90,35 @@ def test_every_example_is_answered_with_what_was_drawn_for_it(dataset):
     assert batch.token.shape[:2] == (2, 1)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_a_draw_is_the_policy_s_own_and_ends_with_eos_or_at_its_room(dataset, devices):
+def drawer(dataset, devices, tensor=1):
+    """Draws responses to five prompts, by key."""
     lm = make_language_model(TINY)
     params = lm.init(jax.random.key(0))
-    mesh = make_mesh(data=devices, devices=jax.devices()[:devices])
-    settings = RolloutConfig(every=1, max_new_tokens=ROOM)
+    mesh = make_mesh(tensor=tensor, devices=jax.devices()[:devices])
+    params = jax.device_put(params, parameter_shardings(mesh, params))
+    draw = make_draw(lm, mesh, dataset, RolloutConfig(every=1, max_new_tokens=ROOM), eos_id=EOS)
+    prompts = [tree.prompt for tree in dataset.trees[:5]]
+    return lambda key: draw(params, prompts, jax.random.key(key))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_draw_is_the_policy_s_own_and_ends_with_eos_or_at_its_room(dataset, devices):
     with uncached():
-        draw = make_draw(lm, mesh, dataset, settings, eos_id=EOS)
-        prompts = [tree.prompt for tree in dataset.trees[:5]]
-        responses, finished = draw(params, prompts, jax.random.key(1))
-        again, _ = draw(params, prompts, jax.random.key(1))
-        other, _ = draw(params, prompts, jax.random.key(2))
+        draw = drawer(dataset, devices)
+        (responses, finished), (again, _), (other, _) = draw(1), draw(1), draw(2)
     for one, two in zip(responses, again, strict=True):
         np.testing.assert_array_equal(one, two)
     assert any(one.tolist() != two.tolist() for one, two in zip(responses, other, strict=True))
     for response, ended in zip(responses, finished, strict=True):
         assert 1 <= response.size <= ROOM and ended == (response[-1] == EOS)
         assert ended or response.size == ROOM
+
+
+def test_a_tensor_axis_draws_what_one_device_draws(dataset):
+    with uncached():
+        (responses, _), (expected, _) = (drawer(dataset, *where)(1) for where in ((8, 4), (1, 1)))
+    for one, two in zip(responses, expected, strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 @pytest.fixture(scope="module")
