@@ -72,8 +72,8 @@ def _infer_sizes(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
     if math.prod((sizes | inferred).values()) != num_devices:
         given = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
-            f"config.mesh: {given} does not make {num_devices} devices; "
-            "set one of them to -1 to take what the others leave"
+            f"config.mesh: {given} does not make {num_devices} devices; expected a product of {num_devices}, where one "
+            "may be -1 (what the others leave)"
         )
     return sizes | inferred
 

@@ -128,8 +128,8 @@ def _check_rows(config: RunConfig, mesh: Mesh) -> None:
     if rows % shards:
         raise ValueError(
             f"config.data.rows_per_step = {config.data.rows_per_step} in {config.data.micro_batches} micro-batches "
-            f"gives {rows} rows, which {shards} devices (config.mesh) cannot share evenly; use a multiple of "
-            f"{shards * config.data.micro_batches}"
+            f"gives {rows} rows, which {shards} devices (config.mesh: data times fsdp) cannot share evenly; use a "
+            f"multiple of {shards * config.data.micro_batches}"
         )
 
 

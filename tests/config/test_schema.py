@@ -7,6 +7,7 @@ import pytest
 
 from palign.config.schema import (
     DataConfig,
+    MeshConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -60,6 +61,8 @@ def test_a_head_width_of_its_own_frees_the_model_width():
         (DataConfig, dict(pair_policy="best"), r"config.data.pair_policy"),
         (DataConfig, dict(eval_fraction=1.0), r"config.data.eval_fraction = 1.0: expected a fraction below 1"),
         (DataConfig, dict(max_length=0), r"config.data.max_length"),
+        (MeshConfig, dict(tensor=0), r"config.mesh.tensor = 0: expected a number above 0, or -1 \(what"),
+        (MeshConfig, dict(dcn_data=-1), r"config.mesh.dcn_data = -1: expected a number above 0"),
         (RopeScaling, dict(factor=0.0), r"config.model.rope_scalings.factor = 0.0: expected a number above 0"),
         (RopeScaling, dict(high_frequency_factor=1.0), r"rope_scalings.high_frequency_factor = 1.0: expected above"),
         (TokenizerConfig, dict(model_type="char"), r"config.tokenizer.model_type"),
