@@ -8,11 +8,17 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from palign.attention import xla
+from palign.attention import pallas_gpu, pallas_tpu, xla
 from palign.attention.walk import Kernel, Scoring, Tokens
 from palign.sharding.mesh import HEADS, ROWS, SHARED, over_rows, tensor_size
 
 SAVED = "attention"  # the name by which rematerialisation may keep what the backward pass reads
+
+KERNELS: dict[str, Kernel] = {
+    "xla": xla.kernel(),
+    "pallas_tpu": pallas_tpu.kernel(),
+    "pallas_gpu": pallas_gpu.kernel(),
+}
 
 
 def attend(
@@ -27,7 +33,7 @@ def attend(
     *,
     scale: float,
     softcap: float | None = None,
-    kernel: Kernel | None = None,
+    kernel: Kernel = KERNELS["xla"],
 ) -> Float[Array, "R T H D"]:
     """Attention under the tree rule, visiting only the listed block pairs.
 
@@ -47,16 +53,16 @@ def attend(
         window: how far back a query sees, in positions; may be traced (a layer's own).
         scale: what scores are multiplied by.
         softcap: scores become `softcap * tanh(scores / softcap)`.
-        kernel: the form that computes it; None is the plain XLA one, which runs everywhere.
+        kernel: the form that computes it; the plain XLA one runs everywhere.
 
     Returns:
         The attended values in `query`'s dtype; sums are accumulated in float32.
 
     Raises:
-        ValueError: the list's length is no causal bound, or the kernel cannot cut heads or rows of these sizes.
+        ValueError: the list's length is no causal bound, or the kernel does not take blocks or heads of these sizes.
     """
     tokens = Tokens(position, group, branch, block_pairs)
-    static = (kernel or xla.kernel(), Scoring(scale, softcap))
+    static = (kernel, Scoring(scale, softcap))
     key, value = spread_key_heads(key), spread_key_heads(value)
     return _attend(static, query, key, value, tokens, jnp.asarray(window, jnp.int32))
 

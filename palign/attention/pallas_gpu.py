@@ -14,7 +14,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from palign.attention.walk import NEVER, Kernel, make_walk, sort_by_key, visible
 
-SMALLEST_TILE = 16  # that tensor cores multiply; sizes are powers of two
+BLOCKS = (16, 32, 64, 128)  # tensor cores multiply no smaller tiles, and a larger tile of scores spills
+LARGEST_BYTES = 2**15  # of a block of keys: beyond it the tiles do not fit an H100's shared memory
 
 
 @functools.cache
@@ -30,6 +31,8 @@ def kernel(*, interpret: bool = False) -> Kernel:
 def _forward(interpret, scoring, query, key, value, tokens, window):
     walk = make_walk(tokens, tail=0)
     q, k, v = (_to_blocks(x, walk) for x in (query, key, value))
+    if not interpret:
+        _check(k)
     group = q.shape[2] // k.shape[2]
     shared = functools.partial(_whole, place=lambda head: head // group)
     output, lse = _call(
@@ -147,6 +150,20 @@ def _call(program, heads, lists, inputs, outputs, interpret):
     )(*lists, *(array for _, array in inputs))
 
 
+def _check(k):
+    _, block, _, width = k.shape
+    if block not in BLOCKS:
+        raise ValueError(
+            f"config.data.block = {block}: attention's GPU kernel takes one of {BLOCKS}; use 64, or "
+            "config.attention.kernel = 'xla'"
+        )
+    if (size := block * width * k.dtype.itemsize) > LARGEST_BYTES:
+        raise ValueError(
+            f"config.data.block = {block}: a block of {k.dtype} keys of width {width} has {size} bytes, attention's "
+            f"GPU kernel takes {LARGEST_BYTES}; use a smaller block, or config.attention.kernel = 'xla'"
+        )
+
+
 def _own(x):
     """A program's own block and head of `x [blocks, block, heads, ...]`."""
     return pl.BlockSpec((None, x.shape[1], None, *x.shape[3:]), lambda i, head: (i, 0, head) + (0,) * (x.ndim - 3))
@@ -180,7 +197,7 @@ def _product(x, y):
 def _to_blocks(x, walk):
     """[R, T, H, D] -> [R * blocks, block, H, D], the width filled up to a power of two."""
     _, _, heads, width = x.shape
-    fill = max(pl.next_power_of_2(width), SMALLEST_TILE) - width
+    fill = max(pl.next_power_of_2(width), BLOCKS[0]) - width
     return jnp.pad(x.reshape(-1, walk.ids.shape[-1], heads, width), ((0, 0), (0, 0), (0, 0), (0, fill)))
 
 

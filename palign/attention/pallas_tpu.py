@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from palign.attention.walk import NEVER, Kernel, make_walk, sort_by_key, visible
 
 LANES = 128
+LONGEST_LIST = 120_000  # pairs; two numbers each, in a v5e's 1 MiB of scalar memory
 
 
 @functools.cache
@@ -44,6 +45,8 @@ class _Blocks(NamedTuple):
 
 def _forward(interpret, scoring, query, key, value, tokens, window):
     walk = make_walk(tokens, tail=1)
+    if not interpret:
+        _check(walk)
     q, k, v = (_heads_first(x) for x in (query, key, value))
     (heads, total, width), block = q.shape, walk.ids.shape[-1]
     at = _blocks(block, width, group=heads // k.shape[0], members=1)
@@ -79,6 +82,20 @@ def _backward(interpret, scoring, query, key, value, tokens, window, output, lse
     outputs = [(at.key, k), (at.key, v)]
     dk, dv = call(_key_gradient_step, sort_by_key(walk), key_heads, at, outputs, [(block, width)] * 2)
     return tuple(_heads_last(x, query.shape[0]) for x in (dq, dk, dv))
+
+
+def _check(walk):
+    block, pairs = walk.ids.shape[-1], walk.keys.size - 1
+    if block % LANES:
+        raise ValueError(
+            f"config.data.block = {block}: attention's TPU kernel takes multiples of {LANES}; use {4 * LANES}, or "
+            "config.attention.kernel = 'xla'"
+        )
+    if pairs > LONGEST_LIST:
+        raise ValueError(
+            f"config.data.block = {block}: the rows of one device may list {pairs} block pairs, attention's TPU kernel "
+            f"takes {LONGEST_LIST}; twice the block needs a quarter of them"
+        )
 
 
 def _blocks(block, width, group, members):

@@ -191,6 +191,17 @@ class ObjectiveConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Which form computes attention; all give the same values up to rounding."""
+
+    kernel: str = "auto"  # auto (measured on an accelerator when a run begins), xla, pallas_tpu, pallas_gpu
+
+    def __post_init__(self) -> None:
+        """Checks the name."""
+        _one_of("attention", self, "kernel", ("auto", "xla", "pallas_tpu", "pallas_gpu"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """An optax optimizer and its schedule."""
 
@@ -299,6 +310,7 @@ class RunConfig:
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    attention: AttentionConfig = AttentionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     rollout: RolloutConfig = RolloutConfig()

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palign.attention.attend import SAVED
+from palign.attention.attend import KERNELS, SAVED
 from palign.attention.attend import attend as attend_blocks
 from palign.attention.block_pairs import list_block_pairs
 from palign.config.schema import ModelConfig
@@ -59,9 +59,9 @@ def attend_nothing(q, k, v, window, cache, context, *, scale, softcap):
     return q, None
 
 
-def attend_tree(q, k, v, window, cache, context, *, scale, softcap):
+def attend_tree(kernel, q, k, v, window, cache, context, *, scale, softcap):
     """Training: nothing is kept."""
-    return attend_blocks(q, k, v, *context, window, scale=scale, softcap=softcap), None
+    return attend_blocks(q, k, v, *context, window, scale=scale, softcap=softcap, kernel=kernel), None
 
 
 def attend_prefill(q, k, v, window, cache, context, *, scale, softcap):
@@ -142,18 +142,27 @@ class Transformer(nn.Module):
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
 
 
-@functools.cache
-def make_language_model(config: ModelConfig) -> LanguageModel:
+def make_language_model(config: ModelConfig, attention: str = "xla") -> LanguageModel:
     """Builds the transformer that `config` describes, as pure functions.
 
-    Equal configs give the same functions, so what was compiled for one model serves another of its shape.
+    Equal arguments give the same functions, so what was compiled for one model serves another of its shape.
+
+    Args:
+        config: the architecture.
+        attention: the form that attends over rows, a name in `palign.attention.attend.KERNELS`; prompts to sample from
+            are always read in the plain one.
 
     Raises:
         ValueError: the config's sizes do not fit together (checked by `ModelConfig`), or `vocab_size` is not set.
     """
+    return _make_language_model(config, attention)
+
+
+@functools.cache
+def _make_language_model(config, attention):
     if config.vocab_size < 1:
         raise ValueError("config.model.vocab_size: must be set, to the tokenizer's vocabulary size")
-    dtype = compute_dtype(config)
+    dtype, attend_rows = compute_dtype(config), functools.partial(attend_tree, KERNELS[attention])
 
     def run(params: Params, token, context, cache, attend):
         return Transformer(config, dtype, attend).apply({"params": params}, token, context, cache)
@@ -165,7 +174,7 @@ def make_language_model(config: ModelConfig) -> LanguageModel:
 
     def hidden(params: Params, batch: Batch) -> jax.Array:
         context = TreeContext(batch.position, batch.group, batch.branch, batch.block_pairs)
-        return run(params, batch.token, context, None, attend_tree)[0]
+        return run(params, batch.token, context, None, attend_rows)[0]
 
     def unembed(params: Params) -> Unembedding:
         kernel = params["embedding"].T if config.tie_embedding else params["unembedding"]

@@ -25,6 +25,7 @@ from palign.sharding.mesh import TENSOR_AXIS, make_mesh, num_row_shards, to_glob
 from palign.sharding.processes import is_main, local_rows
 from palign.sharding.rules import parameter_shardings
 from palign.train.cached import cache_hidden, cache_reference
+from palign.train.kernel import choose_kernel
 from palign.train.matching import match_prompts
 from palign.train.metrics import add, say, to_floats
 from palign.train.optimizer import make_optimizer
@@ -146,7 +147,8 @@ def assemble(
     config: RunConfig, workdir: epath.Path, mesh: Mesh, data: Prepared, sources: Mapping[str, Source]
 ) -> tuple[Run, TrainState]:
     """Loads the models, makes the objective and compiles nothing yet."""
-    lm, trunk = make_language_model(config.model), make_language_model(without_value_head(config.model))
+    kernel = choose_kernel(config, workdir, mesh, data.train)
+    lm, trunk = (make_language_model(model, kernel) for model in (config.model, without_value_head(config.model)))
     settings = config.objective
     cached = settings.reference == "cached"
     objective = make_objective(
