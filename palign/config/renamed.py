@@ -5,7 +5,7 @@
 
 NO_MASK_BY_ID = "remove it: which tokens count is known from lengths, and no id means padding"
 ONE_LENGTH = "config.data.max_length bounds a prompt and one response together"
-NO_ADAPTERS = "there are no adapters: remove it, all weights are trained"
+ONE_ADAPTER = "remove it: LoRA factors are laid on config.init_from, which is the reference too"
 
 # Last part of the key -> what it is now, as it follows "no such setting; ".
 RENAMED: dict[str, str] = {
@@ -25,16 +25,20 @@ RENAMED: dict[str, str] = {
     "precompute_ref_log_probs": "config.objective.reference=cached",
     "force_use_ref_model": "config.objective.reference is live, cached or none, and config.reference_from says which",
     "use_logits_to_keep": "remove it: logits are made for response tokens only, config.objective.head_chunk at a time",
-    "sync_ref_model": "the reference does not change while training: start a next stage from the trained one",
+    "sync_ref_model": "config.objective.reference_sync_every above 0",
+    "ref_model_sync_steps": "config.objective.reference_sync_every",
+    "ref_model_mixup_alpha": "config.objective.reference_mixup",
     "use_liger_kernel": "remove it: logits are made in parts, config.objective.head_chunk tokens at a time",
     # The model.
     "model_name_or_path": "config.init_from takes a stage or the workdir of a finished run",
     "ref_model_name_or_path": "config.reference_from takes a stage or the workdir of a finished run",
-    "model_adapter_name": NO_ADAPTERS,
-    "ref_adapter_name": NO_ADAPTERS,
-    "use_peft": NO_ADAPTERS,
-    "lora_r": NO_ADAPTERS,
-    "lora_alpha": NO_ADAPTERS,
+    "model_adapter_name": ONE_ADAPTER,
+    "ref_adapter_name": ONE_ADAPTER,
+    "use_peft": "config.lora.rank above 0",
+    "lora_r": "config.lora.rank",
+    "lora_alpha": "config.lora.alpha",
+    "lora_target_modules": "config.lora.targets: query, key, value, output, gate, up, down",
+    "lora_dropout": "remove it: there is no dropout",
     "gradient_checkpointing": "config.model.remat: none, or full, dots, attention",
     "bf16": "config.model.dtype=bfloat16, or auto",
     "fp16": "config.model.dtype is float32, bfloat16 or auto",

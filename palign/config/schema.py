@@ -174,6 +174,8 @@ class ObjectiveConfig:
     teachers: str = "live"  # live, cached (distillation's frozen models: hidden states per target, before training)
     hyper: Mapping[str, float] = dataclasses.field(default_factory=dict)  # any other key of config.objective
     head_chunk: int = 256  # targets whose logits exist at a time
+    reference_sync_every: int = 0  # steps after which the reference moves to the policy (TR-DPO); 0: it stays
+    reference_mixup: float = 0.6  # how much of the policy it then takes: 1 = all
     diagnostics: tuple[str, ...] = ()  # names in palign.eval.diagnostics.DIAGNOSTICS, logged with the metrics
 
     def __post_init__(self) -> None:
@@ -181,6 +183,14 @@ class ObjectiveConfig:
         _positive("objective", self, "head_chunk")
         _one_of("objective", self, "reference", ("live", "cached", "none"))
         _one_of("objective", self, "teachers", ("live", "cached"))
+        _not_negative("objective", self, "reference_sync_every")
+        _positive("objective", self, "reference_mixup")
+        _require(self.reference_mixup <= 1, "objective.reference_mixup", self.reference_mixup, "at most 1 (all)")
+        if not self.reference_sync_every and self.reference_mixup != 0.6:
+            raise ValueError(
+                f"config.objective.reference_mixup = {self.reference_mixup!r} has no effect while "
+                "config.objective.reference_sync_every = 0"
+            )
         for name, value in self.hyper.items():
             _require(math.isfinite(value), f"objective.{name}", value, "a finite number")
         for name in ("beta", "beta0", "scale", "epsilon", "cap"):
@@ -251,10 +261,13 @@ class TrainConfig:
     best_metric: str = ""  # of an evaluation, e.g. eval_heldout_loss; "": none is kept as the best
     best_mode: str = "min"  # min, max
     stop_after_nonfinite: int = 1  # steps in a row whose loss or gradient is not finite
+    ema_decay: float = 0.0  # of an average of the policy, evaluated and saved beside it; 0 = none
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Checks ranges."""
+        _not_negative("train", self, "ema_decay")
+        _require(self.ema_decay < 1, "train.ema_decay", self.ema_decay, "below 1")
         _positive("train", self, "epochs", "checkpoint_every", "log_every", "keep", "stop_after_nonfinite")
         _not_negative("train", self, "max_steps", "eval_every", "seed")
         _one_of("train", self, "best_mode", ("min", "max"))
@@ -303,6 +316,38 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on a frozen base, which is `init_from`; rank 0 = none, all weights are trained."""
+
+    rank: int = 0
+    alpha: float = 16.0  # the product of the factors counts alpha / rank times
+    targets: tuple[str, ...] = ("query", "key", "value", "output", "gate", "up", "down")  # kernels that get factors
+
+    def __post_init__(self) -> None:
+        """Checks ranges, and that nothing is set that has no effect."""
+        _not_negative("lora", self, "rank")
+        _positive("lora", self, "alpha")
+        known = ("query", "key", "value", "output", "gate", "up", "down")
+        wrong = not self.targets or len(set(self.targets)) != len(self.targets) or not set(self.targets) <= set(known)
+        _require(not wrong, "lora.targets", self.targets, f"some of {', '.join(known)}, each once")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not self.rank and value != field.default:
+                raise ValueError(f"config.lora.{field.name} = {value!r} has no effect while config.lora.rank = 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrozenConfig:
+    """How models that are only read are kept: the reference, teachers, the base under LoRA factors."""
+
+    dtype: str = ""  # bfloat16; "": as stored
+
+    def __post_init__(self) -> None:
+        """Checks the choice."""
+        _one_of("frozen", self, "dtype", ("", "bfloat16"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run: what is trained, on what, from where. Sources are a stage's name, or the workdir of a finished run."""
 
@@ -314,6 +359,8 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     rollout: RolloutConfig = RolloutConfig()
+    lora: LoraConfig = LoraConfig()
+    frozen: FrozenConfig = FrozenConfig()
     mesh: MeshConfig = MeshConfig()
     init_from: str = ""  # where the policy starts; "": random weights
     reference_from: str = ""  # the model that implicit rewards are measured against

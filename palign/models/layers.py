@@ -62,12 +62,19 @@ class Linear(nn.Module):
         param_dtype = jnp.dtype(self.config.param_dtype)
         kernel = self.param("kernel", start, self.shape, param_dtype)
         operands, result = self.equation.split("->")
-        kernel = in_use(kernel.astype(self.dtype), operands.split(",")[1])
+        letters = operands.split(",")[1]
+        kernel = in_use(kernel.astype(self.dtype), letters)
         y = in_use(jnp.einsum(self.equation, x, kernel), result)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros_init(), self.shape[self.num_in :], param_dtype)
             y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
-        return y
+        return y + in_use(self._low_rank(x, letters), result) if self.has_variable("params", "lora_a") else y
+
+    def _low_rank(self, x, letters):
+        """`(x A) B`, of the factors that `palign.models.lora` lays beside a frozen kernel; k is their rank."""
+        a, b = (self.get_variable("params", name).astype(self.dtype) for name in ("lora_a", "lora_b"))
+        low = jnp.tensordot(x, in_use(a, letters[: self.num_in] + "k"), axes=self.num_in)
+        return jnp.tensordot(low, in_use(b, "k" + letters[self.num_in :]), axes=1)
 
 
 def rotate(x_RTHE: jax.Array, position_RT: jax.Array, inverse_frequency: jax.Array) -> jax.Array:

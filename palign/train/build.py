@@ -1,6 +1,8 @@
 """From a config to everything that a run works with: sources, data, model, objective, compiled steps."""
 
 import dataclasses
+import functools
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,22 +17,26 @@ from palign.data.loader import Dataset, batches
 from palign.data.tokenizers import Tokenizer, load_tokenizer
 from palign.eval import diagnostics
 from palign.eval.displacement import hidden_sums_by_slot
+from palign.models.lora import attach
 from palign.models.protocol import LanguageModel
 from palign.models.transformer import make_language_model
 from palign.objectives.base import REFERENCE, Forward, Needs, Objective, lengths_by_slot, sum_by_slot
 from palign.objectives.compose import Diagnosis, make_objective
+from palign.objectives.lora import BASE
 from palign.objectives.readings import WEIGHTS, policy_sums, reference_sums
 from palign.objectives.registry import find_method, needs_of, resolve_methods
 from palign.sharding.mesh import TENSOR_AXIS, make_mesh, num_row_shards, to_global
 from palign.sharding.processes import is_main, local_rows
 from palign.sharding.rules import parameter_shardings
 from palign.train.cached import cache_hidden, cache_reference
+from palign.train.followers import EMA, followers_of
 from palign.train.kernel import choose_kernel
 from palign.train.matching import match_prompts
 from palign.train.metrics import add, say, to_floats
+from palign.train.models import check_models, load_start, with_factors
 from palign.train.optimizer import make_optimizer
 from palign.train.prepare import Prepared, has_preference, prepare, with_vocabulary
-from palign.train.sources import CONFIG, Source, find_source, load_policy, load_source, without_value_head
+from palign.train.sources import CONFIG, Source, find_source, load_source, without_value_head
 from palign.train.state import TrainState, init_state, state_shardings
 from palign.train.step import make_eval_step, make_train_step
 from palign.types import Batch, Mean
@@ -78,7 +84,9 @@ def build(config: RunConfig, workdir: epath.Path) -> tuple[Run, TrainState]:
 def find_sources(config: RunConfig, workdir: epath.Path) -> dict[str, Source]:
     """Where the policy and the frozen models come from, by role; a stage's name means the sibling of that name."""
     named = {"init": config.init_from, **config.sources}
-    return {role: find_source(name, f"{role}_from", workdir) for role, name in named.items() if name}
+    sources = {role: find_source(name, f"{role}_from", workdir) for role, name in named.items() if name}
+    # What LoRA factors are trained on is what they start from, and the reference where no other is named.
+    return {BASE: sources["init"], REFERENCE: sources["init"]} | sources if config.lora.rank else sources
 
 
 def check_same_config(config: RunConfig, workdir: epath.Path) -> None:
@@ -149,37 +157,48 @@ def assemble(
     """Loads the models, makes the objective and compiles nothing yet."""
     kernel = choose_kernel(config, workdir, mesh, data.train)
     lm, trunk = (make_language_model(model, kernel) for model in (config.model, without_value_head(config.model)))
+    settings, followers = config.objective, followers_of(config)
+    trained, objective = with_factors(config, lm, _objective_of(config, lm), sources)
+    places = parameter_shardings(mesh, jax.eval_shape(trunk.init, jax.random.key(0)))
+    load = functools.partial(load_source, lm=trunk, mesh=mesh, dtype=config.frozen.dtype)
+    aux = {role: load(sources[role]) for role in sorted(objective.frozen - followers.keys())}
+    if any(WEIGHTS in find_method(name).reads for name in settings.loss_type):
+        reference = aux.get(REFERENCE) or load(sources[REFERENCE])
+        data = match_prompts(data, trunk, reference, mesh, workdir, seed=config.data.seed)
+    if settings.reference == "cached":
+        data = _with_cached_reference(config, workdir, mesh, trunk, data, load(sources[REFERENCE]))
+    aux_places = dict.fromkeys(aux, places)
+    if settings.teachers == "cached":
+        for role in sorted(aux.keys() - {BASE}):
+            data = _with_cached_hidden(role, workdir, mesh, trunk, data, aux[role])
+            aux[role] = jax.jit(lambda params: trunk.unembed(params).kernel)(aux[role])
+            aux_places[role] = aux[role].sharding
+    tx, init_carry = make_optimizer(config.optimizer, data.train.num_steps), objective.init_carry
+    start, moving = load_start(config, sources, trunk, mesh)
+    state = init_state(mesh, trained, tx, seed=config.train.seed, params=start, init_carry=init_carry, models=moving)
+    shardings = state_shardings(mesh, trained, tx, init_carry, followers)
+    train_step = make_train_step(objective, tx, mesh, shardings, aux_places, followers)
+    read = {role: place for role, place in shardings.models.items() if role in objective.frozen}
+    eval_step = make_eval_step(objective, mesh, shardings.params, aux_places | read)
+    return Run(config, workdir, mesh, lm, data, objective, aux, shardings, train_step, eval_step), state
+
+
+def _objective_of(config: RunConfig, lm: LanguageModel) -> Objective:
     settings = config.objective
-    cached = settings.reference == "cached"
-    objective = make_objective(
+    return make_objective(
         lm,
         settings.loss_type,
         loss_weights=settings.loss_weights,
         hyper=settings.hyper,
-        cached_reference=cached,
+        cached_reference=settings.reference == "cached",
         chunk=settings.head_chunk,
         diagnosis=diagnosis_of(settings),
     )
-    places = parameter_shardings(mesh, jax.eval_shape(trunk.init, jax.random.key(0)))
-    aux = {role: load_source(sources[role], trunk, mesh) for role in sorted(objective.frozen)}
-    if any(WEIGHTS in find_method(name).reads for name in settings.loss_type):
-        reference = aux.get(REFERENCE) or load_source(sources[REFERENCE], trunk, mesh)
-        data = match_prompts(data, trunk, reference, mesh, workdir, seed=config.data.seed)
-    if cached:
-        data = _with_cached_reference(config, workdir, mesh, trunk, data, sources[REFERENCE])
-    aux_places = dict.fromkeys(aux, places)
-    if settings.teachers == "cached":
-        for role in sorted(objective.frozen):
-            data = _with_cached_hidden(role, workdir, mesh, trunk, data, aux[role])
-            aux[role] = jax.jit(lambda params: trunk.unembed(params).kernel)(aux[role])
-            aux_places[role] = aux[role].sharding
-    tx = make_optimizer(config.optimizer, data.train.num_steps)
-    start = load_policy(sources["init"], config, mesh) if "init" in sources else None
-    state = init_state(mesh, lm, tx, seed=config.train.seed, params=start, init_carry=objective.init_carry)
-    shardings = state_shardings(mesh, lm, tx, objective.init_carry)
-    train_step = make_train_step(objective, tx, mesh, shardings, aux_places)
-    eval_step = make_eval_step(objective, mesh, shardings.params, aux_places)
-    return Run(config, workdir, mesh, lm, data, objective, aux, shardings, train_step, eval_step), state
+
+
+def trained_model(made: Run, params: Any) -> Any:
+    """Parameters of the whole model, from those that are trained."""
+    return attach(made.aux[BASE], params, made.config.lora) if made.config.lora.rank else params
 
 
 def _check_best_metric(made: Run, state: TrainState) -> None:
@@ -190,8 +209,9 @@ def _check_best_metric(made: Run, state: TrainState) -> None:
     for name, dataset in made.data.evals.items():
         with jax.set_mesh(made.mesh):
             batch = dataset.step_batch(0, micro_batches=1)
-            metrics = jax.eval_shape(made.eval_step.compiled, state.params, state.carry, made.aux, batch)
-        names |= {f"eval_{name}_{metric}" for metric in (*metrics, "loss")}
+            aux = made.aux | _read_by(made.objective, state)
+            metrics = jax.eval_shape(made.eval_step.compiled, state.params, state.carry, aux, batch)
+        names |= {f"eval_{who}{name}_{metric}" for metric in (*metrics, "loss") for who in _evaluated(state)}
     if best not in names:
         raise ValueError(
             f"config.train.best_metric = {best!r}: no evaluation of this run has it; expected one of "
@@ -211,7 +231,8 @@ def check_config(config: RunConfig) -> None:
     reads = needs.frozen | ({REFERENCE} if needs.reference else frozenset())
     if REFERENCE in reads and settings.reference == "none":
         raise ValueError(f"config.objective.reference = 'none': {methods} reads a reference; use 'live' or 'cached'")
-    for role in sorted(reads - config.sources.keys()):
+    missing = reads - config.sources.keys() - ({REFERENCE} if config.lora.rank else set())
+    for role in sorted(missing):
         raise ValueError(f"config.{role}_from: must be set, {methods} reads it; name a stage or a run's workdir")
     for role in sorted(config.sources.keys() - reads):
         raise ValueError(f"config.{role}_from has no effect on {methods}; remove it")
@@ -219,22 +240,11 @@ def check_config(config: RunConfig) -> None:
         raise ValueError(f"config.model.value_head = 0: {methods} trains a value head; use 1 for a reward model")
     if config.model.value_head and not needs.values:
         raise ValueError(f"config.model.value_head has no effect on {methods}; use 0")
-    if config.model.param_dtype != "float32":
-        raise ValueError(
-            f"config.model.param_dtype = {config.model.param_dtype!r}: steps smaller than a weight's rounding would be "
-            "lost; use 'float32', and config.model.dtype = 'bfloat16' to compute in bfloat16"
-        )
+    check_models(config, reads)
     _check_teachers(config, needs.frozen)
     _check_rollout(config)
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 1)  # the tokenizer's, not known yet
-    make_objective(
-        make_language_model(model),
-        settings.loss_type,
-        loss_weights=settings.loss_weights,
-        hyper=settings.hyper,
-        cached_reference=settings.reference == "cached",
-        diagnosis=diagnosis_of(settings),
-    )
+    _objective_of(config, make_language_model(model))
 
 
 def _check_teachers(config: RunConfig, frozen: frozenset[str]) -> None:
@@ -308,9 +318,7 @@ def diagnosis_of(settings: ObjectiveConfig) -> Diagnosis | None:
     return Diagnosis(measure, Needs(logps=True, reference=read.reference) | distributions)
 
 
-def _with_cached_reference(config, workdir, mesh, lm, data: Prepared, source: Source) -> Prepared:
-    params = load_source(source, lm, mesh)
-
+def _with_cached_reference(config, workdir, mesh, lm, data: Prepared, params: Any) -> Prepared:
     def cache(name: str, dataset: Dataset) -> Dataset:
         return cache_reference(dataset, name, lm, params, mesh, workdir, chunk=config.objective.head_chunk)
 
@@ -329,23 +337,30 @@ def _with_each(data: Prepared, cache: Callable[[str, Dataset], Dataset]) -> Prep
     return data._replace(train=cache("train", data.train), evals=evals)
 
 
-def evaluate(made: Run, params: Any, carry: dict[str, Any]) -> dict[str, float]:
+def evaluate(made: Run, state: TrainState) -> dict[str, float]:
     """Metrics of every held-out set, each example counted once, as `eval_SET_METRIC`.
 
-    Args:
-        made: the run.
-        params: the policy.
-        carry: what methods remember of training (BCO's shift), so that the loss is the one that is trained.
+    Those of the policy's moving average are `eval_ema_SET_METRIC`. Methods remember what they do in training (BCO's
+    shift), so the loss is the one that is trained.
     """
     values: dict[str, float] = {}
-    for name, dataset in made.data.evals.items():
+    aux, weights = made.aux | _read_by(made.objective, state), made.objective.weights
+    for (who, params), (name, dataset) in itertools.product(_evaluated(state).items(), made.data.evals.items()):
         total: dict[str, Mean] | None = None
         rows = local_rows(made.mesh, dataset.plan.rows_per_step)
         for _, batch in batches(dataset, start_step=0, micro_batches=1, rows=rows):
-            total = add(total, made.eval_step(params, carry, made.aux, to_global(made.mesh, batch)))
+            total = add(total, made.eval_step(params, state.carry, aux, to_global(made.mesh, batch)))
         assert total is not None
         means = to_floats(total)
-        weights = made.objective.weights
         means["loss"] = sum(weight * means.get(f"loss/{term}", 0.0) for term, weight in weights.items())
-        values |= {f"eval_{name}_{metric}": value for metric, value in means.items()}
+        values |= {f"eval_{who}{name}_{metric}": value for metric, value in means.items()}
     return values
+
+
+def _evaluated(state: TrainState) -> dict[str, Any]:
+    return {"": state.params} | ({f"{EMA}_": state.models[EMA]} if EMA in state.models else {})
+
+
+def _read_by(objective: Objective, state: TrainState) -> dict[str, Any]:
+    """The models of a state that an objective reads: a reference that moves."""
+    return {role: model for role, model in state.models.items() if role in objective.frozen}

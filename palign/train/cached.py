@@ -22,9 +22,9 @@ from palign.heads.target_values import target_logps
 from palign.heads.targets import Tower, at_targets
 from palign.models.protocol import LanguageModel
 from palign.sharding.processes import is_main, wait_for_all
+from palign.train.digest import digest
 from palign.train.metrics import Reporter, say
 from palign.train.paths import is_local
-from palign.train.sources import digest
 from palign.types import Array, Batch
 
 Values = list[tuple[np.ndarray, ...]]  # of each example, one array `[tokens, ...]` for each of its responses

@@ -1,20 +1,22 @@
 """Checkpoints through Orbax: the state, the run's facts, and weights alone for those who only read them.
 
-A step holds the items `params`, `rest` (step counter and optimizer) and, where methods remember anything, `carry`, and
-JSON facts of the run: what the data is
-and the resolved config; where the data stands is the step itself. Orbax commits a step atomically; the newest `keep`
-steps stay, and the best one by a named metric.
+A step holds the items `params`, `rest` (step counter and optimizer) and, where there is any, `carry` (what methods
+remember) and the models that follow the policy, each under its role. And JSON facts of the run: what the data is, the
+resolved config, the base of LoRA factors; where the data stands is the step itself. Orbax commits a step atomically;
+the newest `keep` steps stay, and the best one by a named metric.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from palign.train.followers import EMA
 from palign.train.paths import absolute
 from palign.train.state import TrainState
 
@@ -80,14 +82,18 @@ class Checkpoints:
         """Loads the newest step into the places that `shapes` (with shardings) gives."""
         items = self._orbax.load_checkpointables(self.steps[-1], _items(shapes))
         facts = self._orbax.checkpointables_metadata(self.steps[-1]).custom_metadata
-        state = items["rest"]._replace(params=items["params"], carry=items.get("carry", {}))
-        return state, dict(facts)
+        return _with_items(items["rest"], items), dict(facts)
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """Weights and carry apart, so that they can be read without the rest."""
+    """Weights, carry and models apart, so that they can be read without the rest."""
     carry = {"carry": state.carry} if state.carry else {}
-    return {"params": state.params, "rest": state._replace(params={}, carry={}), **carry}
+    return {"params": state.params, "rest": state._replace(params={}, carry={}, models={}), **carry, **state.models}
+
+
+def _with_items(state: TrainState, items: Mapping[str, Any]) -> TrainState:
+    models = {role: model for role, model in items.items() if role not in ("params", "rest", "carry")}
+    return state._replace(params=items["params"], carry=items.get("carry", {}), models=models)
 
 
 def load_params(workdir: epath.Path, which: str, shapes: Any) -> Any:
@@ -95,35 +101,49 @@ def load_params(workdir: epath.Path, which: str, shapes: Any) -> Any:
 
     Args:
         workdir: of the run.
-        which: a step number, `last`, or `best` (by the metric the run was told to keep the best by).
+        which: a step number, `last`, or `best` (by the metric the run was told to keep the best by). `ema`, or `-ema`
+            behind one of these, for the moving average of the policy.
         shapes: `jax.ShapeDtypeStruct`s with shardings.
 
     Raises:
         ValueError: no such checkpoint, or its parameters have other names or shapes.
     """
+    item = EMA if which.endswith(EMA) else "params"
+    with _opened(workdir, which.removesuffix(EMA).removesuffix("-") or "last") as (orbax, step):
+        stored = orbax.checkpointables_metadata(step).metadata
+        if item not in stored:
+            raise ValueError(f"{workdir}@{which}: the run kept no average; it had no config.train.ema_decay")
+        _check_shapes(f"{workdir}@{step}", stored[item], shapes)
+        return orbax.load_checkpointables(step, {item: shapes})[item]
+
+
+def load_models(workdir: epath.Path, which: str, shapes: TrainState) -> TrainState:
+    """Loads what an evaluation reads: parameters, what methods remember, and the models that follow the policy.
+
+    Args:
+        workdir: of the run.
+        which: a step number, `last` or `best`.
+        shapes: of the state, with shardings; step and optimizer come back as they are given.
+    """
+    items = {name: item for name, item in _items(shapes).items() if name != "rest"}
+    with _opened(workdir, which) as (orbax, step):
+        return _with_items(shapes, orbax.load_checkpointables(step, items))
+
+
+def load_facts(workdir: epath.Path, which: str) -> dict[str, Any]:
+    """Loads the JSON facts that were saved with a checkpoint."""
+    with _opened(workdir, which) as (orbax, step):
+        return dict(orbax.checkpointables_metadata(step).custom_metadata)
+
+
+@contextlib.contextmanager
+def _opened(workdir: epath.Path, which: str) -> Iterator[tuple[Any, int]]:
+    """The checkpoints of a run, and the step that is meant."""
     folder = workdir / FOLDER
     if not folder.is_dir():
         raise ValueError(f"{workdir}: holds no checkpoints; expected the workdir of a run (with {FOLDER}/ in it)")
     with ocp.training.Checkpointer(absolute(folder)) as orbax:
-        steps = {checkpoint.step: checkpoint for checkpoint in orbax.checkpoints}
-        step = _choose(workdir, which, steps)
-        _check_shapes(f"{workdir}@{step}", orbax.checkpointables_metadata(step).metadata["params"], shapes)
-        return orbax.load_checkpointables(step, {"params": shapes})["params"]
-
-
-def load_carry(workdir: epath.Path, which: str, shapes: Any) -> Any:
-    """Loads what a run's methods remembered at a checkpoint.
-
-    Args:
-        workdir: of the run, whose parameters have been loaded (so the checkpoint is there).
-        which: as in `load_params`.
-        shapes: `jax.ShapeDtypeStruct`s with shardings; nothing is read where there are none.
-    """
-    if not shapes:
-        return shapes
-    with ocp.training.Checkpointer(absolute(workdir / FOLDER)) as orbax:
-        step = _choose(workdir, which, {checkpoint.step: checkpoint for checkpoint in orbax.checkpoints})
-        return orbax.load_checkpointables(step, {"carry": shapes})["carry"]
+        yield orbax, _choose(workdir, which, {checkpoint.step: checkpoint for checkpoint in orbax.checkpoints})
 
 
 def _choose(workdir: epath.Path, which: str, steps: Mapping[int, Any]) -> int:

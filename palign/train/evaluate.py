@@ -5,11 +5,13 @@ import dataclasses
 import jax
 from etils import epath
 
+from palign.objectives.lora import BASE
 from palign.sharding.mesh import make_mesh
 from palign.train.build import assemble, evaluate, find_sources
-from palign.train.checkpoint import load_carry
+from palign.train.checkpoint import load_models
+from palign.train.digest import digest
 from palign.train.prepare import prepare
-from palign.train.sources import Source, load_source, read_config
+from palign.train.sources import Source, check_base, read_config
 
 
 def evaluate_run(name: str, path: str = "") -> dict[str, float]:
@@ -41,10 +43,10 @@ def evaluate_run(name: str, path: str = "") -> dict[str, float]:
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     # Nothing is trained: neither where the policy began nor the schedule over these records matters.
     optimizer = dataclasses.replace(config.optimizer, schedule="constant", warmup_steps=0, warmup_ratio=None)
-    config = dataclasses.replace(config, init_from="", optimizer=optimizer)
+    start = config.init_from if config.lora.rank else ""
+    config = dataclasses.replace(config, init_from=start, optimizer=optimizer)
     made, state = assemble(config, workdir, mesh, data, find_sources(config, workdir))
-    params = load_source(Source(workdir, which or "last"), made.lm, mesh)
-    shapes = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state.carry, made.shardings.carry
-    )
-    return evaluate(made, params, load_carry(workdir, which or "last", shapes))
+    if config.lora.rank:
+        check_base(Source(workdir, which or "last"), digest(made.aux[BASE]))
+    shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, made.shardings)
+    return evaluate(made, load_models(workdir, which or "last", shapes))

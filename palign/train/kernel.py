@@ -2,7 +2,6 @@
 
 import functools
 import json
-import pathlib
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -19,6 +19,7 @@ from palign.config.schema import ModelConfig, RunConfig
 from palign.data.loader import Dataset
 from palign.models.config import compute_dtype, layer_tables
 from palign.sharding.mesh import row_sharding, to_global
+from palign.sharding.processes import is_main, local_rows
 from palign.train.metrics import say
 
 CHOICE = "attention.json"
@@ -35,7 +36,7 @@ class Trial(NamedTuple):
     difference: float  # from the first form that ran: largest over largest value, the worst of output and gradients
 
 
-def choose_kernel(config: RunConfig, workdir: pathlib.Path, mesh: Mesh, dataset: Dataset) -> str:
+def choose_kernel(config: RunConfig, workdir: epath.Path, mesh: Mesh, dataset: Dataset) -> str:
     """Chooses the form of attention, the same on every process, and prints what was measured in one line.
 
     The choice is kept in the workdir: a run that goes on, on devices of the same kind, computes as it did before.
@@ -70,7 +71,7 @@ def choose_kernel(config: RunConfig, workdir: pathlib.Path, mesh: Mesh, dataset:
             return before
         trials = try_kernels({name: KERNELS[name] for name in candidates}, config.model, mesh, inputs)
     chosen = _agreed(fastest(trials), candidates)
-    if jax.process_index() == 0:
+    if is_main():
         say(f"attention: {chosen} ({'; '.join(describe(name, trial) for name, trial in trials.items())})")
         (workdir / CHOICE).write_text(json.dumps({"kernel": chosen, "device": device.device_kind}))
     return chosen
@@ -136,7 +137,9 @@ def _attention(model, kernel, query, key, value, cotangent, tokens, window):
 
 def _inputs(config, mesh, dataset):
     """Shapes of the arrays and the ids of the run's first micro-batch, as its first layer attends."""
-    model, batch = config.model, dataset.step_batch(0, micro_batches=config.data.micro_batches)
+    model, micro_batches = config.model, config.data.micro_batches
+    own = local_rows(mesh, dataset.plan.rows_per_step // micro_batches)
+    batch = dataset.step_batch(0, micro_batches=micro_batches, rows=own)
     batch = jax.tree.map(lambda leaf: leaf[0], to_global(mesh, batch))
     rows, length = batch.token.shape
     heads = (model.num_heads, model.num_key_heads, model.num_key_heads, model.num_heads)
@@ -170,7 +173,7 @@ def _seconds(run, inputs):
 
 def _remembered(workdir, device_kind):
     file = workdir / CHOICE
-    if jax.process_index() or not file.is_file():
+    if not is_main() or not file.is_file():
         return None
     choice = json.loads(file.read_text())
     return choice["kernel"] if choice["device"] == device_kind else None

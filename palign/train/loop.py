@@ -13,14 +13,17 @@ from palign.config.load import to_plain
 from palign.config.schema import RunConfig
 from palign.data.loader import batches, fingerprint
 from palign.models.protocol import Params
+from palign.objectives.lora import BASE
 from palign.sharding.mesh import to_global
 from palign.sharding.processes import is_main, local_rows, notice_of_end
-from palign.train.build import Run, build, check_same_config, evaluate
+from palign.train.build import Run, build, check_same_config, evaluate, trained_model
 from palign.train.checkpoint import Checkpoints
+from palign.train.digest import digest
 from palign.train.lock import run_lock
 from palign.train.metrics import MetricWriter, Reporter, read_metrics, say, to_floats
 from palign.train.optimizer import learning_rate_schedule
 from palign.train.rollout import make_draw, on_policy_batches
+from palign.train.sources import Source, check_base
 from palign.train.state import TrainState
 from palign.types import Batch, Mean
 
@@ -74,7 +77,8 @@ def _fingerprints(made: Run) -> dict[str, str]:
 
 
 def _facts(made: Run) -> dict[str, Any]:
-    return {"data": _fingerprints(made), "config": json.loads(json.dumps(to_plain(made.config)))}
+    base = {"base": digest(made.aux[BASE])} if BASE in made.aux else {}
+    return {"data": _fingerprints(made), "config": json.loads(json.dumps(to_plain(made.config))), **base}
 
 
 def _resume(made: Run, state: TrainState, checkpoints: Checkpoints) -> TrainState:
@@ -87,6 +91,8 @@ def _resume(made: Run, state: TrainState, checkpoints: Checkpoints) -> TrainStat
             f"{made.workdir}: the data is not what this run began with (config.data.path = "
             f"{made.config.data.path!r}: {', '.join(changed)}); bring the old file back, or use another --workdir"
         )
+    if BASE in made.aux:
+        check_base(Source(made.workdir, "last"), digest(made.aux[BASE]))
     say(f"{made.workdir}: resumes after step {int(state.step)} of {made.data.train.num_steps}")
     return state
 
@@ -99,7 +105,7 @@ def _train(
     rate = learning_rate_schedule(made.config.optimizer, num_steps)
     writer = MetricWriter(made.workdir, start_step=start)
     facts, evaluated = _facts(made), last_evaluation(made.workdir)
-    steps = _steps(made, lambda: state.params, start)
+    steps = _steps(made, lambda: trained_model(made, state.params), start)
     pending: tuple[int, dict[str, Mean], np.ndarray, dict[str, float]] | None = None
     try:
         with Reporter(made.workdir.name, num_steps, start=start) as progress:
@@ -111,7 +117,7 @@ def _train(
                 last, fresh = step + 1 == num_steps, {}
                 stops = told_to_stop(step + 1) and (step + 1) % max(made.config.rollout.every, 1) == 0
                 if last or (train.eval_every and (step + 1) % train.eval_every == 0):
-                    evaluated = fresh = evaluate(made, state.params, state.carry)
+                    evaluated = fresh = evaluate(made, state)
                     if evaluated:
                         writer.write(step + 1, evaluated)
                 if last or stops or (step + 1) % train.checkpoint_every == 0:

@@ -1,25 +1,25 @@
-"""Where models come from: a stage's name, a run's workdir, `@step`, `@last` or `@best` behind either."""
+"""Where models come from: a stage's name, a run's workdir, `@step`, `@last`, `@best` or `@ema` behind either."""
 
 import dataclasses
-import hashlib
 import json
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from palign.config.load import resolve_run
 from palign.config.schema import ModelConfig, RunConfig
 from palign.data.tokenizers import Tokenizer, load_tokenizer
+from palign.models.lora import add_lora, merge
 from palign.models.protocol import LanguageModel
 from palign.models.transformer import make_language_model
 from palign.models.value_head import new_value_head
 from palign.sharding.mesh import make_mesh
 from palign.sharding.rules import parameter_shardings
-from palign.train.checkpoint import load_params
+from palign.train.checkpoint import load_facts, load_params
+from palign.train.digest import digest
+from palign.train.followers import EMA
 
 CONFIG = "config.json"
 
@@ -71,12 +71,67 @@ def read_config(workdir: epath.Path) -> RunConfig:
     return resolve_run(json.loads(file.read_text()))
 
 
-def load_source(source: Source, lm: LanguageModel, mesh: Mesh) -> Any:
-    """Loads a source's weights into their places on the mesh."""
+def load_source(source: Source, lm: LanguageModel, mesh: Mesh, *, dtype: str = "") -> Any:
+    """Loads a source's weights into their places on the mesh; LoRA factors are merged into their base.
+
+    Args:
+        source: which weights.
+        lm: the model that they are of.
+        mesh: the devices.
+        dtype: what they are rounded to as they are read; "": the model's own type.
+
+    Raises:
+        ValueError: no such checkpoint, weights of another shape, or a base that is not the one the factors grew on.
+    """
+    config = read_config(source.workdir)
+    if not config.lora.rank:
+        return _load(source, lm, mesh, dtype)
+    base, factors = load_base(source.workdir, lm, mesh), _load(source, add_lora(lm, config.lora), mesh, "")
+    check_base(source, digest(base))
+
+    def merged(base: Any, factors: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(dtype or x.dtype), merge(base, factors, config.lora))
+
+    places = parameter_shardings(mesh, jax.eval_shape(lm.init, jax.random.key(0)))
+    return jax.jit(merged, out_shardings=places)(base, factors)
+
+
+def _load(source: Source, lm: LanguageModel, mesh: Mesh, dtype: str) -> Any:
     shapes = jax.eval_shape(lm.init, jax.random.key(0))
-    places = parameter_shardings(mesh, shapes)
-    targets = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
+
+    def target(shape: jax.ShapeDtypeStruct, place: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, dtype or shape.dtype, sharding=place)
+
+    targets = jax.tree.map(target, shapes, parameter_shardings(mesh, shapes))
     return load_params(source.workdir, source.which, targets)
+
+
+def load_base(workdir: epath.Path, lm: LanguageModel, mesh: Mesh) -> Any:
+    """Loads the frozen base of a LoRA run: what its `init_from` names, without a value head."""
+    config = read_config(workdir)
+
+    def init(key: jax.Array) -> Any:
+        return {name: leaf for name, leaf in lm.init(key).items() if name != "value_head"}
+
+    origin = find_source(config.init_from, "init_from", workdir)
+    return load_source(origin, lm._replace(init=init, values=None), mesh, dtype=config.frozen.dtype)
+
+
+def check_base(source: Source, found: str) -> None:
+    """Checks that factors are read with the base that they grew on.
+
+    Args:
+        source: of the factors.
+        found: `digest` of the base that is there now.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if load_facts(source.workdir, source.which.removesuffix(EMA).removesuffix("-") or "last")["base"] != found:
+        raise ValueError(
+            f"{source.workdir}: its LoRA factors grew on other weights than its config.init_from = "
+            f"{read_config(source.workdir).init_from!r} holds now; bring those back"
+        )
 
 
 def without_value_head(model: ModelConfig) -> ModelConfig:
@@ -112,13 +167,3 @@ def load_run(name: str, *, mesh: Mesh | None = None) -> Loaded:
     lm = make_language_model(config.model)
     params = load_source(source, lm, mesh or make_mesh(data=1, devices=jax.devices()[:1]))
     return Loaded(lm, params, load_tokenizer(source.workdir), config)
-
-
-def digest(params: Any) -> str:
-    """SHA-256 of all weights, in hex."""
-    sha = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        sha.update(jax.tree_util.keystr(path).encode())
-        whole = leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
-        sha.update(np.ascontiguousarray(jax.device_get(whole)).tobytes())
-    return sha.hexdigest()

@@ -1,6 +1,6 @@
 """The train state: everything a step changes, and where it lives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ class TrainState(NamedTuple):
         opt_state: the optimizer's.
         nonfinite: [] int32, how many steps in a row were not finite and left the rest unchanged.
         carry: what methods remember between steps, by method; empty for most.
+        models: other models that change, by role: those that follow the policy.
     """
 
     step: Any
@@ -31,17 +32,28 @@ class TrainState(NamedTuple):
     opt_state: Any
     nonfinite: Any
     carry: dict[str, Any]
+    models: dict[str, Params]
 
 
-def new_state(params: Params, tx: optax.GradientTransformation, init_carry: InitCarry = dict) -> TrainState:
+def new_state(
+    params: Params,
+    tx: optax.GradientTransformation,
+    init_carry: InitCarry = dict,
+    models: Mapping[str, Params] | None = None,
+) -> TrainState:
     """A state that has not taken a step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros((), jnp.int32), init_carry())
+    step, nonfinite = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two buffers: the state is donated
+    return TrainState(step, params, tx.init(params), nonfinite, init_carry(), dict(models or {}))
 
 
 def state_shardings(
-    mesh: Mesh, lm: LanguageModel, tx: optax.GradientTransformation, init_carry: InitCarry = dict
+    mesh: Mesh,
+    lm: LanguageModel,
+    tx: optax.GradientTransformation,
+    init_carry: InitCarry = dict,
+    roles: Collection[str] = (),
 ) -> TrainState:
-    """A sharding for every leaf of the state; the optimizer's copies of parameters follow the parameters."""
+    """A sharding for every leaf of the state; the optimizer's copies, and models by role, lie as the parameters do."""
     whole = NamedSharding(mesh, SHARED)
     shapes = jax.eval_shape(lambda key: new_state(lm.init(key), tx, init_carry), jax.random.key(0))
     params = parameter_shardings(mesh, shapes.params)
@@ -52,7 +64,8 @@ def state_shardings(
     opt_state = optax.tree_utils.tree_map_params(
         tx, follow, shapes.opt_state, shapes.params, params, transform_non_params=lambda _: whole
     )
-    return TrainState(whole, params, opt_state, whole, jax.tree.map(lambda _: whole, shapes.carry))
+    carry = jax.tree.map(lambda _: whole, shapes.carry)
+    return TrainState(whole, params, opt_state, whole, carry, dict.fromkeys(roles, params))
 
 
 def init_state(
@@ -63,15 +76,17 @@ def init_state(
     seed: int,
     params: Params | None = None,
     init_carry: InitCarry = dict,
+    models: Mapping[str, Params | None] | None = None,
 ) -> TrainState:
-    """A fresh state in its place: random weights from `seed`, or a copy of `params`.
+    """A fresh state in its place: random weights from `seed`, or a copy of `params`; `models` start there or as given.
 
-    The copy matters: the step donates the state, and a buffer that is also a frozen model's must not be given away.
+    Copies matter: the step donates the state, and a buffer that is also a frozen model's must not be given away.
     """
-    shardings = state_shardings(mesh, lm, tx, init_carry)
+    shardings = state_shardings(mesh, lm, tx, init_carry, (models or {}).keys())
     with jax.set_mesh(mesh):
         if params is None:
-            fresh = jax.jit(lambda key: new_state(lm.init(key), tx, init_carry), out_shardings=shardings)
-            return fresh(jax.random.key(seed))
-        copied = jax.tree.map(jnp.copy, params)
-        return jax.jit(lambda p: new_state(p, tx, init_carry), out_shardings=shardings)(copied)
+            params = jax.jit(lm.init, out_shardings=shardings.params)(jax.random.key(seed))
+        else:
+            params = jax.tree.map(jnp.copy, params)
+        others = {role: jax.tree.map(jnp.copy, start or params) for role, start in (models or {}).items()}
+        return jax.jit(lambda p, m: new_state(p, tx, init_carry, m), out_shardings=shardings)(params, others)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from palign.objectives.base import Context, Objective
 from palign.objectives.compose import total_loss
 from palign.sharding.mesh import SHARED, row_sharding
+from palign.train.followers import Follower, follow
 from palign.train.optimizer import global_norm
 from palign.train.state import TrainState
 from palign.types import Array, Batch, Mean
@@ -24,6 +25,7 @@ def make_train_step(
     mesh: Mesh,
     shardings: TrainState,
     aux_shardings: Mapping[str, Any],
+    followers: Mapping[str, Follower] | None = None,
 ) -> Step:
     """Makes `step(state, aux, batch) -> (state, metrics)`, compiled once for all steps.
 
@@ -39,12 +41,14 @@ def make_train_step(
         mesh: the devices.
         shardings: of the state (`state.state_shardings`).
         aux_shardings: of the frozen models, by role.
+        followers: how the state's other models follow the policy, by role; the objective finds them beside the frozen.
 
     Returns:
         The step. `batch` has leaves `[A, R, ...]`; the state is donated.
     """
 
     def step(state: TrainState, aux: Mapping[str, Any], batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
+        aux = {**aux, **state.models}
         counts = sum_micro_batches(lambda micro: objective.counts(micro), batch)
         statistics = measure_batch(objective, state.params, aux, batch)
         total, gradient, metrics, seen = _accumulate(objective, state, aux, batch, statistics, counts)
@@ -55,23 +59,21 @@ def make_train_step(
         def keep(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
+        params = keep(optax.apply_updates(state.params, updates), state.params)
         new = TrainState(
             step=state.step + 1,
-            params=keep(optax.apply_updates(state.params, updates), state.params),
+            params=params,
             opt_state=keep(opt_state, state.opt_state),
             nonfinite=jnp.where(finite, 0, state.nonfinite + 1),
             carry=keep(objective.update_carry(state.carry, seen), state.carry),
+            models=keep(follow(followers or {}, state.models, params, state.step + 1), state.models),
         )
         numbers = {"loss": total, "grad_norm": norm, "num_tokens": jnp.sum(batch.group > 0), "nonfinite": new.nonfinite}
         return new, metrics | {name: Mean(x.astype(jnp.float32), jnp.float32(1)) for name, x in numbers.items()}
 
     whole, rows = NamedSharding(mesh, SHARED), row_sharding(mesh, axis=1)
-    compiled = jax.jit(
-        step,
-        in_shardings=(shardings, dict(aux_shardings), rows),
-        out_shardings=(shardings, whole),
-        donate_argnums=(0,),
-    )
+    places = (shardings, dict(aux_shardings), rows)
+    compiled = jax.jit(step, in_shardings=places, out_shardings=(shardings, whole), donate_argnums=(0,))
     return _in_mesh(compiled, mesh)
 
 

@@ -17,7 +17,7 @@ DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 def state(step: int) -> TrainState:
     weights = {"w": jnp.arange(6.0).reshape(2, 3) + step, "b": jnp.full(3, step, jnp.bfloat16)}
     moments = {"mu": jax.tree.map(lambda x: x * 0.1, weights), "count": jnp.asarray(step, jnp.int32)}
-    return TrainState(jnp.asarray(step, jnp.int32), weights, moments, jnp.zeros((), jnp.int32), {})
+    return TrainState(jnp.asarray(step, jnp.int32), weights, moments, jnp.zeros((), jnp.int32), {}, {})
 
 
 def shapes(tree):

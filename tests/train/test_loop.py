@@ -185,7 +185,7 @@ def test_evaluation_comes_every_n_steps_and_at_the_end(pairs, tmp_path):
 
 def test_the_best_step_is_one_that_was_evaluated_not_one_after_it(pairs, tmp_path, monkeypatch):
     values = iter([3.0, 2.0, 1.0])
-    monkeypatch.setattr(loop, "evaluate", lambda made, params, carry: {BEST: next(values)})
+    monkeypatch.setattr(loop, "evaluate", lambda made, state: {BEST: next(values)})
     train = {"eval_every": 2, "checkpoint_every": 1, "keep": 1, "best_metric": BEST, "best_mode": "max"}
     run(config(pairs, train=train), tmp_path / "run")
     assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"2", "6"}
