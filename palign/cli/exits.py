@@ -16,11 +16,14 @@ def fail(error: Exception, debug: bool) -> int:
 
     To return would not do: the interpreter would wait for the other processes, and they for this one.
     """
-    code = code_of(error)
-    fault = code == INTERNAL_ERROR
-    line = f"{type(error).__name__}: {error} (a fault of palign's: --debug shows where)" if fault else str(error)
+    code, together = code_of(error), "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+    line = str(error)
+    if code == INTERNAL_ERROR:
+        line = f"{type(error).__name__}: {error} (a fault of palign's: --debug shows where)"
+        if together and type(error).__name__ == "JaxRuntimeError":  # a collective that was not answered
+            line = f"lost another process, whose log says why: {error}"
     say_why(line, debug)
-    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+    if together:
         if code in TOGETHER.values():
             sys.modules["jax"].distributed.shutdown()  # waits for the others
         os._exit(code)

@@ -29,10 +29,8 @@ def launch(command: Sequence[str], *, processes: int, devices: int) -> int:
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1"}
     flags = [f"--coordinator={coordinator}", f"--processes={processes}"]
-    children = [
-        subprocess.Popen([*command, *flags, f"--process={i}"], env=environment, stdout=-1, stderr=-2, text=True)
-        for i in range(processes)
-    ]
+    together = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    children = [subprocess.Popen([*command, *flags, f"--process={i}"], **together) for i in range(processes)]
 
     def pass_on(number: int, _: object) -> None:
         for child in children:
@@ -51,14 +49,20 @@ def launch(command: Sequence[str], *, processes: int, devices: int) -> int:
 
 def _wait(children: Sequence[subprocess.Popen]) -> int:
     failed, deadline = 0, float("inf")
-    while any(child.poll() is None for child in children):
-        failed = failed or next((child.returncode for child in children if child.returncode), 0)
+    while None in [child.poll() for child in children]:
+        failed = failed or _worst(children)
         deadline = min(deadline, time.monotonic() + GRACE_SECONDS) if failed else deadline
         if time.monotonic() > deadline:
             for child in children:
                 child.kill()
         time.sleep(0.05)
-    return failed or next((child.returncode for child in children if child.returncode), 0)
+    return failed or _worst(children)
+
+
+def _worst(children: Sequence[subprocess.Popen]) -> int:
+    """The code of one that failed: rather of a cause than of one that lost another (70, or aborted by JAX)."""
+    codes = [child.returncode for child in children if child.returncode]
+    return min(codes, key=lambda code: code in (70, -signal.SIGABRT), default=0)
 
 
 def _forward(process: int, lines: IO[str] | None) -> None:
