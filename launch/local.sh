@@ -5,13 +5,13 @@
 #     bash launch/local.sh configs/dpo.py runs/dpo --config.data.path=pairs.jsonl
 #
 # CONFIG, WORKDIR and OVERRIDES are those of `python -m palign.cli.train`. A process that a signal killed (out of memory,
-# say) is started again with the same command and goes on from its last checkpoint. Every other end is final, and its exit
-# code is this script's: 0 finished, 2 config or data, 70 a fault of palign's, 77 loss or gradient not finite, 130 Ctrl-C.
-# SIGTERM and Ctrl-C are passed on to the run and end it.
+# say) or that was told to stop (75) is started again with the same command and goes on from its last checkpoint. Every
+# other end is final, and its exit code is this script's (docs/training.md has the table). SIGTERM and Ctrl-C to this
+# script are passed on to the run and end it.
 #
 # Environment:
 #     PYTHON           the interpreter; .venv/bin/python of the checkout, else python3
-#     PALIGN_RESTARTS  how often a killed run is started again; 5
+#     PALIGN_RESTARTS  how often a run is started again; 5
 set -euo pipefail
 
 if (($# < 2)); then
@@ -48,11 +48,11 @@ for ((run = 0; ; run++)); do
     if [[ -z $interrupted ]]; then break; fi # a signal ends the waiting, not the run
   done
   child=''
-  if ((code <= 128 || code == 130)) || [[ -n $stop ]]; then exit "$code"; fi
+  if ((code != 75 && code <= 128 || code == 130)) || [[ -n $stop ]]; then exit "$code"; fi
   if ((run == restarts)); then
-    echo "launch/local.sh: killed by signal $((code - 128)) and started again $restarts times; giving up" >&2
+    echo "launch/local.sh: ended with code $code, started again $restarts times; giving up" >&2
     exit "$code"
   fi
-  echo "launch/local.sh: killed by signal $((code - 128)); starting again ($((run + 1)) of $restarts)" >&2
+  echo "launch/local.sh: ended with code $code; starting again ($((run + 1)) of $restarts)" >&2
   sleep 1
 done
