@@ -56,10 +56,12 @@ def padded_vocabulary(config: ModelConfig) -> int:
     return -(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple
 
 
-def compute_dtype(config: ModelConfig) -> jnp.dtype:
-    """`auto` is bfloat16 on TPUs and on GPUs of compute capability 8 and up, else float32."""
-    if config.dtype != "auto":
-        return jnp.dtype(config.dtype)
-    device = jax.devices()[0]
+def dtype_on(device: jax.Device) -> str:
+    """What `auto` is on a device: bfloat16 on TPUs and on GPUs of compute capability 8 and up, else float32."""
     modern_gpu = device.platform == "gpu" and float(getattr(device, "compute_capability", "0")) >= 8
-    return jnp.dtype(jnp.bfloat16 if device.platform == "tpu" or modern_gpu else jnp.float32)
+    return "bfloat16" if device.platform == "tpu" or modern_gpu else "float32"
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """The type to compute in; `auto` is that of this process's devices."""
+    return jnp.dtype(dtype_on(jax.devices()[0]) if config.dtype == "auto" else config.dtype)

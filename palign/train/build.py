@@ -72,7 +72,7 @@ def build(config: RunConfig, workdir: epath.Path) -> tuple[Run, TrainState]:
     _check_preferences(config, data)
     config = with_vocabulary(config, data.tokenizer)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    _check_rows(config, mesh)
+    check_rows(config, mesh)
     _say_what_stays_whole(config, mesh)
     made, state = assemble(config, workdir, mesh, data, sources)
     _check_best_metric(made, state)
@@ -132,7 +132,12 @@ def _check_tokenizers(tokenizer: Tokenizer, sources: Mapping[str, Source]) -> No
             )
 
 
-def _check_rows(config: RunConfig, mesh: Mesh) -> None:
+def check_rows(config: RunConfig, mesh: Mesh) -> None:
+    """Checks that the devices can share a micro-batch's rows evenly.
+
+    Raises:
+        ValueError: they cannot.
+    """
     shards, rows = num_row_shards(mesh), config.data.rows_per_step // config.data.micro_batches
     if rows % shards:
         raise ValueError(
@@ -158,7 +163,7 @@ def assemble(
     kernel = choose_kernel(config, workdir, mesh, data.train)
     lm, trunk = (make_language_model(model, kernel) for model in (config.model, without_value_head(config.model)))
     settings, followers = config.objective, followers_of(config)
-    trained, objective = with_factors(config, lm, _objective_of(config, lm), sources)
+    trained, objective = with_factors(config, lm, objective_of(config, lm), sources)
     places = parameter_shardings(mesh, jax.eval_shape(trunk.init, jax.random.key(0)))
     load = functools.partial(load_source, lm=trunk, mesh=mesh, dtype=config.frozen.dtype)
     aux = {role: load(sources[role]) for role in sorted(objective.frozen - followers.keys())}
@@ -183,7 +188,17 @@ def assemble(
     return Run(config, workdir, mesh, lm, data, objective, aux, shardings, train_step, eval_step), state
 
 
-def _objective_of(config: RunConfig, lm: LanguageModel) -> Objective:
+def trained_model(made: Run, params: Any) -> Any:
+    """Parameters of the whole model, from those that are trained."""
+    return attach(made.aux[BASE], params, made.config.lora) if made.config.lora.rank else params
+
+
+def objective_of(config: RunConfig, lm: LanguageModel) -> Objective:
+    """What a config asks to be minimised.
+
+    Raises:
+        ValueError: methods, weights, hyper-parameters and reference do not fit together.
+    """
     settings = config.objective
     return make_objective(
         lm,
@@ -194,11 +209,6 @@ def _objective_of(config: RunConfig, lm: LanguageModel) -> Objective:
         chunk=settings.head_chunk,
         diagnosis=diagnosis_of(settings),
     )
-
-
-def trained_model(made: Run, params: Any) -> Any:
-    """Parameters of the whole model, from those that are trained."""
-    return attach(made.aux[BASE], params, made.config.lora) if made.config.lora.rank else params
 
 
 def _check_best_metric(made: Run, state: TrainState) -> None:
@@ -244,7 +254,7 @@ def check_config(config: RunConfig) -> None:
     _check_teachers(config, needs.frozen)
     _check_rollout(config)
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 1)  # the tokenizer's, not known yet
-    _objective_of(config, make_language_model(model))
+    objective_of(config, make_language_model(model))
 
 
 def _check_teachers(config: RunConfig, frozen: frozenset[str]) -> None:

@@ -1,0 +1,63 @@
+"""Say what a training step needs of a pod, before there is one: memory per chip, collectives, a bound on its time.
+
+python -m palign.cli.plan --config=configs/dpo_8b.py --topology=v5p:4x4x4
+
+The step is compiled ahead of time for the topology; no accelerator and no data are needed. `--sweep` tries mesh shapes,
+rematerialisation and micro-batches and writes the best config that fits to `--output`.
+"""
+
+import os
+import pathlib
+from collections.abc import Sequence
+
+from palign.cli import app
+from palign.plan.topology import environment, parse_topology
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parses the command line, prepares the process for its topology, and plans."""
+    parser = app.parser("palign.cli.plan", __doc__)
+    parser.add_argument("--config", required=True, help="a Python file with get_config()")
+    parser.add_argument("--topology", required=True, help="such as v5e:16x16, 2xv5e:16x16, h100:2x8 or cpu:8")
+    parser.add_argument("--stage", default="", help="of a recipe; the last one if not named")
+    parser.add_argument("--responses", type=int, default=0, help="of an example, which the data would say")
+    parser.add_argument("--json", default="", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--sweep", action="store_true", help="try meshes, rematerialisation and micro-batches")
+    parser.add_argument("--output", default="", metavar="FILE", help="write the sweep's best config there")
+    parser.add_argument("--config.KEY", metavar="VALUE", help="override a setting, e.g. --config.mesh.fsdp=8")
+    flags = [a for a in arguments if not a.startswith("--config.")]
+    overrides = tuple(a.removeprefix("--config.") for a in arguments if a.startswith("--config."))
+    given = parser.parse_args(flags)
+    if given.output and not given.sweep:
+        raise ValueError("--output has no effect without --sweep; remove it, or use --json for the figures")
+
+    topology = parse_topology(given.topology)
+    for name, value in environment(topology).items():  # before anything imports jax
+        os.environ[name] = f"{os.environ.get(name, '')} {value}".strip() if name == "XLA_FLAGS" else value
+
+    from palign.config.load import load_plain, resolve_recipe
+    from palign.plan.plan import Origin, make_plan
+    from palign.plan.show import print_plan, print_sweep, to_json
+    from palign.plan.sweep import sweep, write_config
+
+    plain = load_plain(given.config, overrides)
+    stages = resolve_recipe(plain, name=pathlib.Path(given.config.partition(":")[0]).stem).stages
+    stage = given.stage or list(stages)[-1]
+    if stage not in stages:
+        raise ValueError(f"--stage={stage}: the config has {', '.join(stages)}")
+    origin = Origin(given.config, stage, overrides)
+    if given.sweep:
+        plans = sweep(stages[stage], topology, origin, responses=given.responses)
+        print_sweep(plans)
+        plan = plans[0]
+        if given.output:
+            write_config(plan, plain, pathlib.Path(given.output))
+    else:
+        plan = make_plan(stages[stage], topology, origin, responses=given.responses)
+    print_plan(plan)
+    if given.json:
+        pathlib.Path(given.json).write_text(to_json(plan), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    raise SystemExit(app.run(main))

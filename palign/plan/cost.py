@@ -1,0 +1,198 @@
+"""What a step costs, computed from the config: products, bytes through memory, and the time that peaks allow.
+
+The compiler's own count takes a loop's body once, so FLOPs are counted here: matrix products and attention, nothing
+else. A pass is one forward through the layers. The backward of a product is two more of its size; rematerialisation
+repeats the forward.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from palign.attention.block_pairs import list_block_pairs
+from palign.config.schema import ModelConfig
+from palign.models.config import NO_WINDOW, layer_tables, padded_vocabulary
+from palign.objectives.base import REFERENCE, Needs
+from palign.objectives.registry import find_method, needs_of
+from palign.plan.program import Collective
+from palign.plan.step import AbstractStep
+from palign.plan.topology import Chip
+from palign.train.build import diagnosis_of
+from palign.types import Batch
+
+RECOMPUTED = {False: 0, True: 1}  # config.model.remat -> forwards that the backward repeats
+
+
+class Passes(NamedTuple):
+    """How often a step goes through the layers, and multiplies targets with an unembedding.
+
+    Attributes:
+        model: forwards that the method asks for; a backward counts as two.
+        policy: the policy's, a backward as two.
+        recomputed: forwards of the policy that its backward repeats, but for each layer's last product.
+        frozen: forwards of frozen models.
+        head_model: products of targets and unembedding that the method asks for.
+        head: the same as they are run.
+    """
+
+    model: int
+    policy: int
+    recomputed: int
+    frozen: int
+    head_model: int
+    head: int
+
+
+class Work(NamedTuple):
+    """One step on one device.
+
+    Attributes:
+        model_flops: what the method asks for, whatever is recomputed: the numerator of MFU.
+        flops: what is run.
+        memory_bytes: through the device's memory: weights, optimizer, activations between products, the heads' kernel
+            and its gradient once a chunk. Scores of the XLA form of attention are left out.
+    """
+
+    model_flops: float
+    flops: float
+    memory_bytes: float
+
+
+class Times(NamedTuple):
+    """Seconds of a step at the peaks of a chip, each as if nothing else were done."""
+
+    compute: float
+    memory: float
+    links: float
+    network: float
+
+    @property
+    def overlapped(self) -> float:
+        """All at once: no step is shorter."""
+        return max(self)
+
+    @property
+    def one_after_another(self) -> float:
+        """Nothing at once, at the same peaks."""
+        return sum(self)
+
+
+def passes_of(step: AbstractStep) -> Passes:
+    """Counts the passes of a step."""
+    settings = step.config.objective
+    needs, methods = needs_of(settings.loss_type), [find_method(name) for name in settings.loss_type]
+    diagnosis = diagnosis_of(settings)
+    needs |= diagnosis.needs if diagnosis else Needs()
+    asked = needs.reference and settings.reference == "live"
+    frozen = len(needs.frozen | ({REFERENCE} if asked else set())) if settings.teachers == "live" else 0
+    # Values of targets are recomputed in the backward, with those of every frozen model beside them: products twice.
+    values = needs.logps or bool(needs.per_target)
+    beside = len(needs.frozen) if needs.per_target else 0
+    # Sums over targets take the gradient in the forward.
+    sums = [m for m in methods if m.distils or (m.view is None and not values)]
+    summed = sum(3 + len(m.frozen) for m in sums)
+    before = step.objective.statistics is not None  # a forward of its own over the whole batch
+    return Passes(
+        model=3 + frozen + before * (1 + frozen),
+        policy=3 + before,
+        recomputed=RECOMPUTED[step.config.model.remat],
+        frozen=frozen * (1 + before),
+        head_model=3 * values + beside + asked + summed + before * (1 + asked),
+        head=4 * values + 2 * beside + asked + summed + before * (1 + asked),
+    )
+
+
+def work_of(step: AbstractStep) -> Work:
+    """Counts products and bytes of a step on one device."""
+    model, row, passes = step.config.model, step.row, passes_of(step)
+    rows, cut = step.rows_per_device * step.config.data.micro_batches, _tensor_size(step)
+    targets, kernel = rows * int(np.sum(row.target_slot > 0)), model.dim * padded_vocabulary(model)
+    per_token, head = 2 * layer_products(model), 2 * kernel * targets
+    real, run = per_token * rows * int(np.sum(row.group > 0)), per_token * rows * row.token.size
+    last = run * model.hidden_dim * model.dim * model.num_layers / layer_products(model)
+    seen, visited = (rows * 4 * model.num_heads * model.head_width * pairs for pairs in _query_key_pairs(row, model))
+    # The backward of attention forms the scores once more: five products for the forward's two.
+    layers = (passes.policy + passes.frozen) * (run + visited) + 0.5 * visited
+    return Work(
+        model_flops=(passes.model * (real + seen) + passes.head_model * head) / cut,
+        flops=(layers + passes.recomputed * (run - last + visited) + passes.head * head) / cut,
+        memory_bytes=_weights(step, passes) + (_head(step, passes, targets) + _activations(step, passes)) / cut,
+    )
+
+
+def layer_products(model: ModelConfig) -> int:
+    """Weights of all layers that a token is multiplied with."""
+    attention = 2 * (model.num_heads + model.num_key_heads) * model.head_width
+    return model.num_layers * model.dim * (attention + 3 * model.hidden_dim)
+
+
+def _query_key_pairs(row: Batch, model: ModelConfig) -> tuple[float, float]:
+    """Of a row, over all layers: pairs that the tree rule shows, and those in the blocks that are visited."""
+    windows = layer_tables(model).window
+    context = row.position[row.group > 0] + 1
+    seen = sum(np.minimum(context, window).sum() for window in np.minimum(windows, NO_WINDOW))
+    block = _block(row)
+    listed = list_block_pairs(row.group, row.branch, row.position, block)
+    return float(seen), float(model.num_layers * block**2 * np.sum(listed[:, 1] >= 0))
+
+
+def _block(row: Batch) -> int:
+    blocks = (int(np.sqrt(8 * len(row.block_pairs) + 1)) - 1) // 2
+    return row.token.size // blocks
+
+
+def _tensor_size(step: AbstractStep) -> int:
+    return dict(step.mesh.shape).get("tensor", 1)
+
+
+def _width(model: ModelConfig) -> int:
+    """Bytes of a number that is computed with."""
+    return 4 if model.dtype == "float32" else 2
+
+
+def _weights(step: AbstractStep, passes: Passes) -> float:
+    """Layers: written when gathered, read in every forward and once in the backward. The optimizer: its own piece."""
+    model, gathered = step.config.model, dict(step.mesh.shape)["fsdp"] > 1
+    runs = passes.policy - 1 + passes.recomputed + passes.frozen  # the backward is two products but reads weights once
+    layers = step.config.data.micro_batches * runs * layer_products(model) * _width(model) * (1 + gathered)
+    return layers / _tensor_size(step) + 2 * bytes_on_device(step.state)
+
+
+def _head(step: AbstractStep, passes: Passes, targets: int) -> float:
+    """The kernel is read for every product of every chunk, its float32 gradient read and written in the backward's."""
+    model, micro_batches = step.config.model, step.config.data.micro_batches
+    chunks = micro_batches * -(-targets // (step.config.objective.head_chunk * micro_batches))
+    return chunks * model.dim * padded_vocabulary(model) * (_width(model) * passes.head + 8)
+
+
+def _activations(step: AbstractStep, passes: Passes) -> float:
+    """What layers read and write, in the type that is computed in."""
+    model, runs = step.config.model, passes.policy + passes.recomputed + passes.frozen
+    tokens = step.rows_per_device * step.config.data.micro_batches * step.row.token.size
+    return _width(model) * runs * model.num_layers * tokens * layer_values(model)
+
+
+def layer_values(model: ModelConfig) -> int:
+    """Values that a layer's products and its two norms read and write for a token."""
+    heads, key_heads = model.num_heads * model.head_width, model.num_key_heads * model.head_width
+    return 8 * model.dim + 2 * heads + 2 * key_heads + 3 * model.hidden_dim
+
+
+def bytes_on_device(tree: object) -> int:
+    """Bytes of a tree of placed shapes that lie on one device."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+    )
+
+
+def times_of(work: Work, collectives: Iterable[Collective], chip: Chip) -> Times:
+    """The time of each kind of work at the chip's peaks; a ring along all links is taken for every collective."""
+    collectives = list(collectives)
+    return Times(
+        compute=work.flops / chip.flops,
+        memory=work.memory_bytes / chip.memory_bandwidth,
+        links=sum(c.moved for c in collectives if not c.crosses) / chip.link,
+        network=sum(c.moved for c in collectives if c.crosses) / chip.network,
+    )

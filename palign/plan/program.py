@@ -1,0 +1,240 @@
+"""What a compiled step does between devices, read from its text.
+
+The text names every computation, so loops can be followed: a collective inside the loop over layers happens once a
+layer. Loops whose length is data (the block pairs of attention, the targets of the heads) have no trip count there.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+WIDTHS = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8}  # bytes; integers say theirs in bits
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_SHAPE = re.compile(r"\b(pred|bf16|f16|f32|f64|c64|[su]\d+|f8\w+)\[([\d,]*)\]")
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+class Shape(NamedTuple):
+    """An array on one device."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        """In memory, without padding."""
+        bits = re.fullmatch(r"[su](\d+)", self.dtype)
+        return -(-self.size * int(bits[1]) // 8) if bits else self.size * WIDTHS.get(self.dtype, 1)
+
+
+class Collective(NamedTuple):
+    """One exchange between devices.
+
+    Attributes:
+        kind: one of `KINDS`.
+        shapes: what is whole at one of its ends: gathered, or before it is scattered.
+        group: devices that take part together.
+        crosses: whether a group has devices of several slices or nodes.
+        times: how often a step does it.
+        counted: whether `times` follows from the text alone.
+    """
+
+    kind: str
+    shapes: tuple[Shape, ...]
+    group: int
+    crosses: bool
+    times: int
+    counted: bool
+
+    @property
+    def bytes(self) -> int:
+        """Of the whole arrays, all times."""
+        return self.times * sum(shape.bytes for shape in self.shapes)
+
+    @property
+    def moved(self) -> float:
+        """Bytes that each device receives, all times, in the cheapest way (a ring)."""
+        share = (self.group - 1) / self.group
+        ways = {"all-reduce": 2 * share, "collective-permute": 1.0, "collective-broadcast": 1.0}
+        return self.bytes * ways.get(self.kind, share)
+
+
+class _Use(NamedTuple):
+    """How often a computation runs."""
+
+    times: int
+    counted: bool
+
+
+def shapes_in(text: str) -> list[Shape]:
+    """Every array that a text names, in order."""
+    return [Shape(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _SHAPE.findall(text)]
+
+
+def read_collectives(text: str, *, slice_of: Sequence[int] = (), unknown_trips: int = 1) -> list[Collective]:
+    """Lists the collectives of a compiled program.
+
+    Args:
+        text: `compiled.as_text()`.
+        slice_of: the slice or node of every device, in the mesh's order; empty = one for all.
+        unknown_trips: how often a loop is taken to run whose length is data.
+
+    Returns:
+        The collectives; one that the compiler has spread over several instructions, to overlap it, is listed once.
+    """
+    computations = _split(text)
+    uses = _uses(computations, unknown_trips)
+    found: dict[object, Collective] = {}
+    for name, lines in computations.items():
+        for number, line in enumerate(lines):
+            if (match := _COLLECTIVE.search(line)) and uses[name].times:
+                collective = _collective(match, line, name, uses[name], slice_of)
+                channel = re.search(r"channel_id=(\d+)", line)
+                key = (channel[1], collective.kind, collective.shapes) if channel else (name, number)
+                found.setdefault(key, collective)
+    return [collective for collective in found.values() if collective.group > 1]
+
+
+def _split(text: str) -> dict[str, list[str]]:
+    """The lines of every computation, by name; the entry comes last, as in the text."""
+    computations: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            lines = computations.setdefault(match[1], [])
+        elif line.startswith("  "):
+            lines.append(line)
+    return computations
+
+
+def _uses(computations: dict[str, list[str]], unknown_trips: int) -> dict[str, _Use]:
+    """How often each computation runs: callers stand below what they call, so one pass from below is enough."""
+    uses = dict.fromkeys(computations, _Use(0, True))
+    uses[next(reversed(computations))] = _Use(1, True)
+    for name in reversed(computations):
+        times, counted = uses[name]
+        for line in computations[name] if times else ():
+            looped = re.search(r" while\(.*condition=%?([\w.\-]+)", line)
+            trips = _trip_count(line, computations[looped[1]]) if looped else 1
+            here = _Use(times * (unknown_trips if trips is None else trips), counted and trips is not None)
+            for called in _called(line):
+                before = uses[called]
+                uses[called] = _Use(before.times + here.times, before.counted and here.counted)
+    return uses
+
+
+def _called(line: str) -> Iterator[str]:
+    for one, several in _CALLED.findall(line):
+        yield from (name.strip().lstrip("%") for name in (several or one).split(","))
+
+
+def _trip_count(line: str, condition: list[str]) -> int | None:
+    """From the compiler's note, or from a condition that compares a counter with a constant; None = from data."""
+    if match := _TRIPS.search(line):
+        return int(match[1])
+    constants = dict(re.findall(r"%([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", "\n".join(condition)))
+    operands = re.findall(r"%([\w.\-]+)", condition[-1].partition(" = ")[2])
+    limits = [int(constants[name]) for name in operands if name in constants]
+    return limits[0] if len(limits) == 1 else None
+
+
+def _collective(match: re.Match, line: str, computation: str, use: _Use, slice_of: Sequence[int]) -> Collective:
+    result, kind, asynchronous = match.groups()
+    members, group = _group(line)
+    shapes = shapes_in(result)
+    if asynchronous and kind != "all-reduce":  # operands stand before results
+        half = len(shapes) // 2
+        shapes = shapes[:half] if kind == "reduce-scatter" else shapes[half:]
+    elif kind == "reduce-scatter":
+        shapes = [shape._replace(dims=(group, *shape.dims)) for shape in shapes]
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"  # how the TPU compiler writes one: each device keeps its slice
+    crosses = bool(slice_of) and len({slice_of[device] for device in members}) > 1
+    return Collective(kind, tuple(shapes), group, crosses, *use)
+
+
+def _group(line: str) -> tuple[list[int], int]:
+    """The devices of the first group, and how many there are in each."""
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", line):
+        members = [int(n) for n in match[1].split(",") if n]
+        return members, len(members)
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        sizes = [int(n) for n in match[3].split(",")]
+        order = [int(n) for n in match[4].split(",")] if match[4] else range(len(sizes))
+        ids = np.arange(math.prod(sizes)).reshape(sizes).transpose(list(order)).reshape(int(match[1]), int(match[2]))
+        return ids[0].tolist(), int(match[2])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
+        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        along = re.findall(r"'(\w+)'", match[2])
+        ids = np.arange(math.prod(axes.values())).reshape(tuple(axes.values()))
+        members = ids[tuple(slice(None) if name in along else 0 for name in axes)].reshape(-1).tolist()
+        return members, len(members)
+    return [], 1
+
+
+class Expectation(NamedTuple):
+    """What a step's text is held against.
+
+    Attributes:
+        layers: stacked parameters: the elements of each, all layers and all devices together.
+        outside: what happens at most so often is outside the loop over layers.
+        rows: tokens of a device's micro-batch, R * T.
+        vocabulary: V, padded, on one device.
+        dim: D; a kernel `[D, V]` is no logits.
+        gathers: kinds that bring weights together.
+    """
+
+    layers: frozenset[int]
+    outside: int
+    rows: int
+    vocabulary: int
+    dim: int
+    gathers: tuple[str, ...]
+
+
+def find_faults(text: str, collectives: Iterable[Collective], expected: Expectation) -> list[str]:
+    """Looks for what must not be in a step that scales.
+
+    Args:
+        text: `compiled.as_text()`.
+        collectives: of the same text.
+        expected: sizes to look for.
+
+    Returns:
+        One sentence for every fault: a stacked parameter that is gathered whole, outside the loop over layers, and an
+        array of logits for all positions of a device's rows. None is good.
+    """
+    faults = []
+    for collective, shape in ((c, s) for c in collectives for s in c.shapes):
+        outside = collective.times <= expected.outside and collective.kind in expected.gathers
+        if outside and shape.size in expected.layers:
+            faults.append(f"{collective.kind} of a whole stacked parameter, {_written(shape)}")
+    for dims in sorted({shape.dims for shape in shapes_in(text) if expected.vocabulary in shape.dims}):
+        rows = math.prod(dims) // expected.vocabulary
+        if rows >= expected.rows and rows != expected.dim:
+            faults.append(f"logits of all positions, [{','.join(map(str, dims))}]")
+    return list(dict.fromkeys(faults))
+
+
+def _written(shape: Shape) -> str:
+    return f"{shape.dtype}[{','.join(map(str, shape.dims))}]"
+
+
+def by_kind(collectives: Iterable[Collective]) -> list[tuple[str, bool, list[Collective]]]:
+    """Groups collectives as (kind, whether they cross slices, those), most bytes moved first."""
+    ordered = sorted(collectives, key=lambda c: (c.kind, c.crosses))
+    groups = [(*key, list(those)) for key, those in itertools.groupby(ordered, key=lambda c: (c.kind, c.crosses))]
+    return sorted(groups, key=lambda group: -sum(c.moved for c in group[2]))
