@@ -38,8 +38,8 @@ for variable in CLUSTER PROJECT ZONE TYPE IMAGE; do
   fi
 done
 
-# The command is text that a shell in the container reads.
-printf -v command '%q ' python -m palign.cli.train "--config=$config" "--config.data.path=$data" \
+# The command is text that a shell in the container reads; exec, so that SIGTERM reaches Python itself.
+printf -v command '%q ' exec python -m palign.cli.train "--config=$config" "--config.data.path=$data" \
   "--workdir=$workdir" "$@"
 case $TYPE in
   h100* | h200* | b200* | gb200* | a100*) devices=("--device-type=$TYPE" "--num-nodes=${SLICES:-1}") ;;
