@@ -37,6 +37,7 @@ class LanguageModel(NamedTuple):
             right-padded, computed once; the hidden state of each one's last token.
         decode_step: `(params, cache, token [B, K]) -> (hidden [B, K, D], cache)`: one more token of every sample.
         values: `(params, hidden [..., D]) -> [..., W]` float32 of a value head, or None.
+        settings: what decides what it computes besides the parameters, for the keys of caches.
     """
 
     init: Callable[[jax.Array], Params]
@@ -45,3 +46,4 @@ class LanguageModel(NamedTuple):
     prefill: Callable[..., tuple[jax.Array, Cache]]
     decode_step: Callable[[Params, Cache, jax.Array], tuple[jax.Array, Cache]]
     values: Callable[[Params, jax.Array], jax.Array] | None = None
+    settings: str = ""

@@ -181,7 +181,9 @@ def _make_language_model(config, attention):
         return Unembedding(kernel.astype(dtype), config.final_softcap, config.vocab_size)
 
     prefill = functools.partial(_prefill, config, run)
-    lm = LanguageModel(init, hidden, unembed, prefill, functools.partial(_decode_step, run))
+    lm = LanguageModel(
+        init, hidden, unembed, prefill, functools.partial(_decode_step, run), settings=f"{config} {dtype}"
+    )
     return add_value_head(lm, config.value_head, config.dim) if config.value_head else lm
 
 

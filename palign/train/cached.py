@@ -1,13 +1,14 @@
 """What a frozen model says of every target, computed once before training and kept.
 
 The reference's log-probabilities are one number a target, a teacher's hidden states D. A cache is keyed by the model's
-weights and by the data, so a stale one is never read. It holds one array per example and response; packing puts the
-values where the targets are.
+weights and settings and by the data, so a stale one is never read. It holds one array per example and response; packing
+puts the values where the targets are. Until the pass is done it is kept in parts, so that one that was killed goes on.
 """
 
 import dataclasses
 import hashlib
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +27,8 @@ from palign.train.digest import digest
 from palign.train.metrics import Reporter, say
 from palign.train.paths import is_local
 from palign.types import Array, Batch
+
+PART = 1024  # examples: at most so many are taken again where a pass was killed
 
 Values = list[tuple[np.ndarray, ...]]  # of each example, one array `[tokens, ...]` for each of its responses
 
@@ -52,7 +55,7 @@ def cache_reference(
         return target_logps(lm.hidden(params, batch), lm.unembed(params), batch, chunk=chunk)
 
     return dataclasses.replace(
-        dataset, reference_logps=_cached(dataset, f"reference_{name}", logps, params, mesh, workdir)
+        dataset, reference_logps=_cached(dataset, f"reference_{name}", logps, lm, params, mesh, workdir)
     )
 
 
@@ -77,17 +80,21 @@ def cache_hidden(
     def hidden(params: Any, batch: Batch) -> Array:
         return at_targets(Tower(lm.hidden(params, batch), lm.unembed(params)), batch).hidden
 
-    values = _cached(dataset, f"{role}_{name}", hidden, params, mesh, workdir)
+    values = _cached(dataset, f"{role}_{name}", hidden, lm, params, mesh, workdir)
     return dataclasses.replace(dataset, hidden={**(dataset.hidden or {}), role: values})
 
 
-def _cached(dataset: Dataset, title: str, function: Callable, params: Any, mesh: Mesh, workdir: epath.Path) -> Values:
-    key = hashlib.sha256(f"{digest(params)} {fingerprint(dataset)}".encode()).hexdigest()
+def _cached(
+    dataset: Dataset, title: str, function: Callable, lm: LanguageModel, params: Any, mesh: Mesh, workdir: epath.Path
+) -> Values:
+    key = hashlib.sha256(f"{lm.settings} {digest(params)} {fingerprint(dataset)}".encode()).hexdigest()
     file = workdir / f"{title}_{key[:16]}.npy"
     if not file.is_file():
-        flat = np.concatenate([x for tree in _compute(dataset, title, function, params, mesh) for x in tree])
+        for other in sorted(workdir.glob(f"{title}_{'[0-9a-f]' * 16}.npy")):
+            say(f"{other}: of another model or other data, not read")
+        parts = _compute(dataset, title, function, params, mesh, file)
         if is_main():
-            _save(file, flat)
+            _put_together(parts, file)
         wait_for_all(file.name)
     flat = _restored(_load(file))
     ends = np.cumsum([response.size for tree in dataset.trees for response in tree.responses])[:-1]
@@ -95,9 +102,42 @@ def _cached(dataset: Dataset, title: str, function: Callable, params: Any, mesh:
     return [tuple(next(pieces) for _ in tree.responses) for tree in dataset.trees]
 
 
-def _compute(dataset: Dataset, title: str, function: Callable, params: Any, mesh: Mesh) -> Values:
-    with Reporter(f"caching {title}", dataset.once().num_steps) as progress:
-        return per_target(dataset, function, params, mesh, advance=progress.advance)
+def _compute(
+    dataset: Dataset, title: str, function: Callable, params: Any, mesh: Mesh, file: epath.Path
+) -> list[epath.Path]:
+    """One pass over the data in parts, each in a file once it is done; what is there is not taken again."""
+    starts = range(0, len(dataset.trees), PART)
+    parts = [dataclasses.replace(dataset, trees=dataset.trees[first : first + PART]) for first in starts]
+    files = [file.with_suffix(f".part{i}.npy") for i in range(len(parts))]
+    if there := sum(part.is_file() for part in files):
+        say(f"caching {title}: goes on, {there} of {len(files)} parts are there")
+    missing = [(part, piece) for part, piece in zip(parts, files, strict=True) if not piece.is_file()]
+    with Reporter(f"caching {title}", sum(part.once().num_steps for part, _ in missing)) as progress:
+        done = itertools.count(1)
+        for part, piece in missing:
+            values = per_target(part, function, params, mesh, advance=lambda _, n: progress.advance(next(done), n))
+            flat = _checked(title, np.concatenate([x for tree in values for x in tree]))
+            if is_main():
+                _save(piece, flat)
+    return files
+
+
+def _put_together(parts: list[epath.Path], file: epath.Path) -> None:
+    flat = np.concatenate([_load(part) for part in parts])
+    _save(file, flat)
+    for part in parts:
+        part.unlink()
+    say(f"{file}: {flat.nbytes / 2**20:,.1f} MiB")
+
+
+def _checked(title: str, flat: np.ndarray) -> np.ndarray:
+    wrong = int((~np.isfinite(flat.astype(np.float32))).sum())
+    if wrong:
+        raise ValueError(
+            f"caching {title}: {wrong} of {flat.size} numbers are not finite; look at the model that "
+            f"config.{title.partition('_')[0]}_from names, or compute in float32 (config.model.dtype)"
+        )
+    return flat
 
 
 def _save(file: epath.Path, flat: np.ndarray) -> None:
@@ -105,7 +145,6 @@ def _save(file: epath.Path, flat: np.ndarray) -> None:
     with temporary.open("wb") as opened:
         np.save(opened, _storable(flat))
     temporary.replace(file)  # a file under its name is whole
-    say(f"{file}: {flat.nbytes / 2**20:,.1f} MiB")
 
 
 def _load(file: epath.Path) -> np.ndarray:

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
+from palign import plan
 from palign.attention.attend import KERNELS, attend
 from palign.sharding.mesh import make_mesh, row_sharding
 from tests.compiled import collectives, largest_buffer
 
 pytestmark = pytest.mark.slow
-H100 = pathlib.Path(__file__).with_name("h100.textproto")
+H100 = pathlib.Path(plan.__file__).parent / "targets" / "h100.textproto"
 NO_PROBES = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",

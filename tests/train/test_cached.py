@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from palign.data.loader import fingerprint
+from palign.models.transformer import make_language_model
 from palign.train import cached
 from palign.train.build import build
 from palign.train.cached import cache_reference
@@ -140,16 +141,56 @@ def test_the_cache_is_not_read_where_the_reference_or_the_data_changed(change, b
     assert len(list((tmp_path / "run").glob("reference_*.npy"))) == 2
 
 
-def test_a_pass_that_was_interrupted_leaves_no_cache(built, tmp_path, monkeypatch):
-    def interrupted(*_, **__):
+def test_a_pass_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_file(built, tmp_path, monkeypatch, capsys):
+    """Killed in the third of four parts, and again while the fourth was being written."""
+    monkeypatch.setattr(cached, "PART", 8)
+    whole = with_reference(built, tmp_path / "straight")
+    one_part, save, taken = cached.per_target, cached.np.save, []
+
+    def killed_in_the_third(part, *rest, **kwargs):
+        taken.append(part.trees[0].id)
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        return one_part(part, *rest, **kwargs)
+
+    def cut_off(file, flat):
+        file.write_bytes(b"half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cached.np, "save", interrupted)
+        patch.setattr(cached, "per_target", killed_in_the_third)
         with pytest.raises(KeyboardInterrupt):
             with_reference(built, tmp_path / "run")
-    assert not list((tmp_path / "run").glob("reference_*[0-9a-f].npy"))
-    assert with_reference(built, tmp_path / "run").reference_logps is not None
+        with monkeypatch.context() as inner:
+            inner.setattr(cached.np, "save", lambda file, flat: (cut_off if len(taken) == 5 else save)(file, flat))
+            with pytest.raises(KeyboardInterrupt):
+                with_reference(built, tmp_path / "run")
+        assert not list((tmp_path / "run").glob(f"reference_train_{'?' * 16}.npy"))
+        again = with_reference(built, tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "goes on, 2 of 4 parts are there" in said and "goes on, 3 of 4 parts are there" in said
+    firsts = [tree.id for tree in built.data.train.trees[::8]]
+    assert taken == [*firsts[:3], *firsts[2:], firsts[3]]
+    files = [sorted((tmp_path / name).glob("reference_*.npy")) for name in ("straight", "run")]
+    assert [[file.name for file in side] for side in files] == [[files[0][0].name]] * 2
+    assert files[0][0].read_bytes() == files[1][0].read_bytes()
+    assert len(again.reference_logps) == len(whole.reference_logps)
+
+
+def test_another_model_over_the_same_weights_is_another_cache(built, passes, tmp_path, capsys):
+    with_reference(built, tmp_path / "run")
+    lm = make_language_model(dataclasses.replace(built.config.model, rope_bases=(500.0,)))
+    with_reference(built._replace(lm=lm), tmp_path / "run")
+    assert passes == ["reference_train"] * 2
+    assert "of another model or other data, not read" in capsys.readouterr().err
+
+
+def test_numbers_that_are_not_finite_are_refused(built, tmp_path):
+    broken = built.aux["reference"] | {"embedding": built.aux["reference"]["embedding"].at[:, 0].set(np.nan)}
+    with pytest.raises(
+        ValueError, match=r"caching reference_train: \d+ of \d+ numbers are not finite; look at the model"
+    ):
+        with_reference(built, tmp_path / "run", params=broken)
 
 
 def test_held_out_sets_are_cached_too(pairs, sft, tmp_path, passes):
