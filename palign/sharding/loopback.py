@@ -1,5 +1,6 @@
 """A command as several processes of this machine, on CPU devices."""
 
+import functools
 import os
 import signal
 import socket
@@ -29,8 +30,8 @@ def launch(command: Sequence[str], *, processes: int, devices: int) -> int:
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1"}
     flags = [f"--coordinator={coordinator}", f"--processes={processes}"]
-    together = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    children = [subprocess.Popen([*command, *flags, f"--process={i}"], **together) for i in range(processes)]
+    start = functools.partial(subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    children = [start([*command, *flags, f"--process={i}"], env=environment) for i in range(processes)]
 
     def pass_on(number: int, _: object) -> None:
         for child in children:

@@ -17,7 +17,7 @@ from palign.train.metrics import read_metrics
 from tests.recipes.tiny_runs import PLAIN, one_device, write_pairs
 
 ROOT = pathlib.Path(__file__).parents[2]
-COMMANDS = ("train", "generate", "evaluate", "demo", "annotate", "study")
+COMMANDS = ("train", "generate", "evaluate", "demo", "annotate", "study", "launch")
 CONFIG = """
 from ml_collections import ConfigDict
 
@@ -141,6 +141,7 @@ def test_a_slip_in_training_is_one_line_that_names_it_and_exit_code_2(slip, plac
     ("command", "arguments", "expected"),
     [
         (train, ["--workdir=x"], "the following arguments are required: --config"),
+        (evaluate, ["--workdir=x", "--process=1"], "--coordinator=HOST:PORT, --processes=N and --process=I belong"),
         (generate, ["--workdir=nowhere", "--prompt=p"], "nowhere: not the workdir of a run (no config.json)"),
         (generate, ["--workdir=nowhere"], "no prompt: give --prompt=TEXT or --prompts=FILE"),
         (generate, ["--workdir=nowhere", "--prompts=gone.jsonl"], "gone.jsonl: there is no such file"),
@@ -193,6 +194,9 @@ def test_debug_shows_the_traceback_before_the_line(place, capsys):
         (FileExistsError(17, "File exists", "runs/x"), 2, "[Errno 17] File exists: 'runs/x'"),
         (PermissionError(13, "Permission denied", "/x"), 2, "[Errno 13] Permission denied: '/x'"),
         (loop.TrainingDivergedError("not finite at step 3"), 77, "not finite at step 3"),
+        (loop.PreemptedError("saved step 3"), 75, "saved step 3"),
+        (OSError(28, "No space left on device", "x"), 74, "[Errno 28] No space left on device: 'x'"),
+        (ValueError("writing x: No space left on device"), 74, "writing x: No space left on device"),
         (KeyError("x"), 70, "KeyError: 'x' (a fault of palign's: --debug shows where)"),
         (KeyboardInterrupt(), 130, "interrupted; the same command goes on from the last checkpoint"),
     ],

@@ -44,7 +44,6 @@ def joined(monkeypatch):
         if name.startswith(MARKS):
             monkeypatch.delenv(name)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: calls.append((args, kwargs)))
-    monkeypatch.setattr(processes, "_tpu_vm", lambda environment: False)
     monkeypatch.setitem(processes.PRESENT, "TPU VM", lambda environment: False)
     return calls
 
