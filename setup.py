@@ -35,6 +35,7 @@ TEST = [
     "hypothesis>=6.100",
     "beartype>=0.22",
     "flatbuffers>=24.3",
+    "pyyaml>=6",
 ]
 
 setup(

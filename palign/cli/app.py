@@ -25,9 +25,10 @@ def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | Non
         (preempted, saved: give the command again), 77 (loss or gradient not finite), 130.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
+    own = given.index("--") if "--" in given else len(given)  # what stands behind -- is another command's
+    debug = "--debug" in given[:own]
     try:
-        command([argument for argument in given if argument != "--debug"])
+        command([argument for argument in given[:own] if argument != "--debug"] + given[own:])
         return 0
     except KeyboardInterrupt:
         say_why("interrupted; the same command goes on from the last checkpoint", debug)

@@ -213,6 +213,9 @@ def test_the_debug_flag_is_not_an_argument_of_the_command():
     seen = []
     assert app.run(lambda arguments: seen.extend(arguments), ["--debug", "--x=1"]) == 0
     assert seen == ["--x=1"]
+    seen.clear()
+    assert app.run(lambda arguments: seen.extend(arguments), ["--debug", "--", "python", "--debug"]) == 0
+    assert seen == ["--", "python", "--debug"]  # what stands behind -- is another command's
 
 
 def test_a_workdir_that_is_a_file_is_the_users_error(place, capsys):
