@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from palign.config.schema import OptimizerConfig
+from palign.config.schema import LoraConfig, OptimizerConfig
+from palign.models.lora import add_lora
 from palign.models.transformer import make_language_model
 from palign.sharding import rules
 from palign.sharding.mesh import (
@@ -38,14 +39,21 @@ def shapes_of(config):
     return jax.eval_shape(make_language_model(config).init, jax.random.key(0))
 
 
-@pytest.mark.parametrize("config", [TINY, EVERYTHING], ids=["tiny", "everything"])
-def test_every_parameter_matches_exactly_one_rule_that_names_all_its_axes(config):
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes_of(config)):
+def factors_of(config):
+    return jax.eval_shape(add_lora(make_language_model(config), LoraConfig(rank=2)).init, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    "shapes", [shapes_of(TINY), shapes_of(EVERYTHING), factors_of(TINY)], ids=["tiny", "everything", "lora"]
+)
+def test_every_parameter_matches_exactly_one_rule_that_names_all_its_axes(shapes):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         assert len(rules.logical_axes(rules.path_name(path))) == leaf.ndim
 
 
 def test_every_rule_is_used():
-    names = [rules.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes_of(EVERYTHING))]
+    everything = jax.tree_util.tree_leaves_with_path((shapes_of(EVERYTHING), factors_of(EVERYTHING)))
+    names = [rules.path_name(path[1:]) for path, _ in everything]
     used = {rules.logical_axes(name) for name in names}
     assert used == {axes for _, axes in rules.PARAMETER_AXES}
 
