@@ -47,7 +47,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["palign", "palign.*"]),
-    package_data={"palign": ["py.typed", "report/*.html"]},
+    package_data={"palign": ["py.typed", "report/*.html", "plan/targets/*.textproto"]},
     install_requires=LOSSES,
     extras_require={
         "train": TRAIN,

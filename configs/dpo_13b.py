@@ -3,8 +3,8 @@
 python -m palign.cli.train --config=configs/dpo_13b.py --workdir=DIR --config.data.path=FILE \
     --config.init_from=SFT --config.reference_from=SFT
 
-Beta 0.1, rate 5e-7, linear with a tenth of warm-up, three epochs, one pair a row so that a step is exactly 32 pairs; the
-reference's log-probabilities computed beforehand, which is an option there. SFT is the workdir of a run. Plans:
+Beta 0.1, rate 5e-7, linear with a tenth of warm-up, three epochs, one pair a row so that a step is exactly 32 pairs;
+the reference's log-probabilities computed beforehand, which is an option there. SFT is the workdir of a run. Plans:
 docs/plan.md.
 """
 

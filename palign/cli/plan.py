@@ -6,12 +6,11 @@ The step is compiled ahead of time for the topology; no accelerator and no data 
 rematerialisation and micro-batches and writes the best config that fits to `--output`.
 """
 
-import os
 import pathlib
 from collections.abc import Sequence
 
 from palign.cli import app
-from palign.plan.topology import environment, parse_topology
+from palign.plan.topology import parse_topology, prepare_process
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -25,19 +24,17 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--sweep", action="store_true", help="try meshes, rematerialisation and micro-batches")
     parser.add_argument("--output", default="", metavar="FILE", help="write the sweep's best config there")
     parser.add_argument("--config.KEY", metavar="VALUE", help="override a setting, e.g. --config.mesh.fsdp=8")
-    flags = [a for a in arguments if not a.startswith("--config.")]
     overrides = tuple(a.removeprefix("--config.") for a in arguments if a.startswith("--config."))
-    given = parser.parse_args(flags)
+    given = parser.parse_args([a for a in arguments if not a.startswith("--config.")])
     if given.output and not given.sweep:
         raise ValueError("--output has no effect without --sweep; remove it, or use --json for the figures")
 
     topology = parse_topology(given.topology)
-    for name, value in environment(topology).items():  # before anything imports jax
-        os.environ[name] = f"{os.environ.get(name, '')} {value}".strip() if name == "XLA_FLAGS" else value
+    prepare_process(topology)  # before anything imports jax
 
     from palign.config.load import load_plain, resolve_recipe
     from palign.plan.plan import Origin, make_plan
-    from palign.plan.show import print_plan, print_sweep, to_json
+    from palign.plan.show import print_plan, to_json
     from palign.plan.sweep import sweep, write_config
 
     plain = load_plain(given.config, overrides)
@@ -45,15 +42,14 @@ def main(arguments: Sequence[str]) -> None:
     stage = given.stage or list(stages)[-1]
     if stage not in stages:
         raise ValueError(f"--stage={stage}: the config has {', '.join(stages)}")
-    origin = Origin(given.config, stage, overrides)
+    config, origin = stages[stage], Origin(given.config, stage, overrides)
     if given.sweep:
-        plans = sweep(stages[stage], topology, origin, responses=given.responses)
-        print_sweep(plans)
-        plan = plans[0]
-        if given.output:
-            write_config(plan, plain, pathlib.Path(given.output))
+        prefix = f"stages.{stage}." if plain.get("stages") else ""
+        plan = sweep(config, topology, origin, prefix=prefix, responses=given.responses)[0]
     else:
-        plan = make_plan(stages[stage], topology, origin, responses=given.responses)
+        plan = make_plan(config, topology, origin, responses=given.responses)
+    if given.output:
+        write_config(plan, load_plain(given.config, plan.origin.overrides), pathlib.Path(given.output))
     print_plan(plan)
     if given.json:
         pathlib.Path(given.json).write_text(to_json(plan), encoding="utf-8")

@@ -193,6 +193,6 @@ def times_of(work: Work, collectives: Iterable[Collective], chip: Chip) -> Times
     return Times(
         compute=work.flops / chip.flops,
         memory=work.memory_bytes / chip.memory_bandwidth,
-        links=sum(c.moved for c in collectives if not c.crosses) / chip.link,
-        network=sum(c.moved for c in collectives if c.crosses) / chip.network,
+        links=sum(c.over_links for c in collectives) / chip.link,
+        network=sum(c.over_network for c in collectives) / chip.network,
     )

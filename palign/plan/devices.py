@@ -1,6 +1,7 @@
 """The devices of a topology that is not there: enough to make a mesh of, and to compile for."""
 
 import math
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -44,7 +45,7 @@ def _host_devices(topology: Topology) -> list[jax.Device]:
 
 
 def _describe_tpu(topology: Topology):
-    options = {}
+    options: dict[str, Any] = {}
     if topology.chip_name == "v4":
         options["chip_config_name"] = "megacore"
     if topology.per_slice == 1:

@@ -13,7 +13,7 @@ from palign.config.schema import RunConfig
 from palign.models.config import padded_vocabulary
 from palign.plan.cost import Times, Work, bytes_on_device, times_of, work_of
 from palign.plan.devices import topology_devices
-from palign.plan.program import Collective, Expectation, by_kind, find_faults, read_collectives
+from palign.plan.program import Collective, Expectation, by_kind, find_faults, read_collectives, stacked_shapes
 from palign.plan.step import AbstractStep, abstract_step
 from palign.plan.topology import GIB, Topology
 
@@ -54,7 +54,7 @@ class Exchange(NamedTuple):
     over: str  # links (inside a slice or node) or network
     times: int  # compiled
     bytes: int  # compiled: of the whole arrays
-    moved: int  # computed: received by every device
+    moved: int  # computed: received by every device, of what crosses over the network alone
     counted: bool  # whether all trip counts stand in the program; else computed
 
 
@@ -90,6 +90,11 @@ class Plan:
     def mfu(self, seconds: float) -> float:
         """Useful FLOPs over what the chips could do in so many seconds."""
         return self.work.model_flops / (seconds * self.peak)
+
+    @property
+    def share(self) -> float:
+        """Of the device's memory that is taken."""
+        return self.memory.total / self.memory.available
 
     @property
     def peak(self) -> float:
@@ -149,8 +154,9 @@ def _compile(step: AbstractStep, topology: Topology) -> Any:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        said = re.search(r"[^\n.]*\b[\d.]+[KMGT]\b[^\n]*?\b[\d.]+[KMGT]\b[^\n]*?(?=\. |\n|$)", str(error))
-        raise DoesNotFitError(_too_large(step, topology, said[0].strip() if said else str(error)[:200])) from None
+        # "Used 37.17G of 15.75G hbm", or "... (1.82T) exceeds available HBM (30.75G)"
+        said = re.search(r"(?!RESOURCE)[^.:\n]*[\d.]+[KMGT]\)? (?:of|exceeds).*?[\d.]+[KMGT]\b[^.\n]*", str(error))
+        raise DoesNotFitError(_too_large(step, topology, (said[0] if said else str(error)[:200]).strip())) from None
 
 
 def _too_large(step: AbstractStep, topology: Topology, said: str) -> str:
@@ -178,10 +184,11 @@ def _memory(step: AbstractStep, analysis: Any, available: int) -> Memory:
 
 def _slices(step: AbstractStep) -> Sequence[int]:
     """The slice (TPU) or node (GPU: its process) of every device, in the mesh's order."""
-    devices = step.mesh.devices.flat
-    return [
-        device.process_index if device.platform == "gpu" else getattr(device, "slice_index", 0) for device in devices
-    ]
+
+    def slice_of(device: jax.Device) -> int:
+        return device.process_index if device.platform == "gpu" else getattr(device, "slice_index", 0)
+
+    return [slice_of(device) for device in step.mesh.devices.flat]
 
 
 def _head_trips(step: AbstractStep) -> int:
@@ -197,7 +204,7 @@ def _exchanges(collectives: Sequence[Collective]) -> tuple[Exchange, ...]:
             over="network" if crosses else "links",
             times=sum(c.times for c in those),
             bytes=sum(c.bytes for c in those),
-            moved=round(sum(c.moved for c in those)),
+            moved=round(sum(c.over_network if crosses else c.over_links for c in those)),
             counted=all(c.counted for c in those),
         )
         for kind, crosses, those in by_kind(collectives)
@@ -206,12 +213,10 @@ def _exchanges(collectives: Sequence[Collective]) -> tuple[Exchange, ...]:
 
 def _expectation(step: AbstractStep) -> Expectation:
     model, mesh = step.config.model, dict(step.mesh.shape)
-    stacked = step.state.params["layers"]
-    matrices = [leaf.size for leaf in jax.tree.leaves(stacked) if leaf.size >= model.num_layers * model.dim * 2]
     pure = mesh["data"] == 1  # where there are copies, their gradients are added up whole
     gathers = ("all-gather", "all-to-all", "collective-permute", *(("all-reduce",) if pure else ()))
     return Expectation(
-        layers=frozenset(matrices) if model.num_layers > 1 else frozenset(),
+        layers=stacked_shapes(leaf.shape for leaf in jax.tree.leaves(step.state.params["layers"])),
         outside=step.config.data.micro_batches,
         rows=step.rows_per_device * step.row.token.size,
         vocabulary=padded_vocabulary(model) // mesh.get("tensor", 1),

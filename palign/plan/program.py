@@ -19,6 +19,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _SHAPE = re.compile(r"\b(pred|bf16|f16|f32|f64|c64|[su]\d+|f8\w+)\[([\d,]*)\]")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -47,7 +48,7 @@ class Collective(NamedTuple):
         kind: one of `KINDS`.
         shapes: what is whole at one of its ends: gathered, or before it is scattered.
         group: devices that take part together.
-        crosses: whether a group has devices of several slices or nodes.
+        slices: of how many slices or nodes the devices of a group are.
         times: how often a step does it.
         counted: whether `times` follows from the text alone.
     """
@@ -55,7 +56,7 @@ class Collective(NamedTuple):
     kind: str
     shapes: tuple[Shape, ...]
     group: int
-    crosses: bool
+    slices: int
     times: int
     counted: bool
 
@@ -65,11 +66,24 @@ class Collective(NamedTuple):
         return self.times * sum(shape.bytes for shape in self.shapes)
 
     @property
-    def moved(self) -> float:
-        """Bytes that each device receives, all times, in the cheapest way (a ring)."""
-        share = (self.group - 1) / self.group
+    def crosses(self) -> bool:
+        """Whether it needs the network between slices or nodes."""
+        return self.slices > 1
+
+    @property
+    def over_links(self) -> float:
+        """Bytes that each device receives from its own slice or node, all times, in the cheapest way (a ring)."""
+        return self._received(self.group) if self.group > self.slices else 0.0
+
+    @property
+    def over_network(self) -> float:
+        """Bytes that each device receives from others: a slice's devices share what has to enter it once."""
+        return self._received(self.slices) * self.slices / self.group
+
+    def _received(self, peers: int) -> float:
+        share = (peers - 1) / peers
         ways = {"all-reduce": 2 * share, "collective-permute": 1.0, "collective-broadcast": 1.0}
-        return self.bytes * ways.get(self.kind, share)
+        return self.bytes * (ways.get(self.kind, share) if peers > 1 else 0.0)
 
 
 class _Use(NamedTuple):
@@ -102,9 +116,8 @@ def read_collectives(text: str, *, slice_of: Sequence[int] = (), unknown_trips: 
         for number, line in enumerate(lines):
             if (match := _COLLECTIVE.search(line)) and uses[name].times:
                 collective = _collective(match, line, name, uses[name], slice_of)
-                channel = re.search(r"channel_id=(\d+)", line)
-                key = (channel[1], collective.kind, collective.shapes) if channel else (name, number)
-                found.setdefault(key, collective)
+                chain = _CHAIN.search(line)  # parts of one exchange, between which the TPU does other work
+                found.setdefault(chain[1] if chain else (name, number), collective)
     return [collective for collective in found.values() if collective.group > 1]
 
 
@@ -162,8 +175,8 @@ def _collective(match: re.Match, line: str, computation: str, use: _Use, slice_o
         shapes = [shape._replace(dims=(group, *shape.dims)) for shape in shapes]
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"  # how the TPU compiler writes one: each device keeps its slice
-    crosses = bool(slice_of) and len({slice_of[device] for device in members}) > 1
-    return Collective(kind, tuple(shapes), group, crosses, *use)
+    slices = len({slice_of[device] for device in members}) if slice_of else 1
+    return Collective(kind, tuple(shapes), group, slices, *use)
 
 
 def _group(line: str) -> tuple[list[int], int]:
@@ -189,7 +202,7 @@ class Expectation(NamedTuple):
     """What a step's text is held against.
 
     Attributes:
-        layers: stacked parameters: the elements of each, all layers and all devices together.
+        layers: the dimensions of stacked parameters, all devices together, in ascending order and without ones.
         outside: what happens at most so often is outside the loop over layers.
         rows: tokens of a device's micro-batch, R * T.
         vocabulary: V, padded, on one device.
@@ -197,7 +210,7 @@ class Expectation(NamedTuple):
         gathers: kinds that bring weights together.
     """
 
-    layers: frozenset[int]
+    layers: frozenset[tuple[int, ...]]
     outside: int
     rows: int
     vocabulary: int
@@ -220,7 +233,7 @@ def find_faults(text: str, collectives: Iterable[Collective], expected: Expectat
     faults = []
     for collective, shape in ((c, s) for c in collectives for s in c.shapes):
         outside = collective.times <= expected.outside and collective.kind in expected.gathers
-        if outside and shape.size in expected.layers:
+        if outside and _essential(shape.dims) in expected.layers:
             faults.append(f"{collective.kind} of a whole stacked parameter, {_written(shape)}")
     for dims in sorted({shape.dims for shape in shapes_in(text) if expected.vocabulary in shape.dims}):
         rows = math.prod(dims) // expected.vocabulary
@@ -229,12 +242,22 @@ def find_faults(text: str, collectives: Iterable[Collective], expected: Expectat
     return list(dict.fromkeys(faults))
 
 
+def _essential(dims: Sequence[int]) -> tuple[int, ...]:
+    """Dimensions that layouts and bitcasts leave: in order, without ones."""
+    return tuple(sorted(size for size in dims if size > 1))
+
+
+def stacked_shapes(shapes: Iterable[Sequence[int]]) -> frozenset[tuple[int, ...]]:
+    """What `Expectation.layers` holds of stacked matrices; vectors a layer, as of norms, are left out."""
+    return frozenset(_essential(dims) for dims in shapes if len(_essential(dims)) > 2)
+
+
 def _written(shape: Shape) -> str:
     return f"{shape.dtype}[{','.join(map(str, shape.dims))}]"
 
 
 def by_kind(collectives: Iterable[Collective]) -> list[tuple[str, bool, list[Collective]]]:
-    """Groups collectives as (kind, whether they cross slices, those), most bytes moved first."""
+    """Groups collectives as (kind, whether they cross slices, those), most bytes first."""
     ordered = sorted(collectives, key=lambda c: (c.kind, c.crosses))
     groups = [(*key, list(those)) for key, those in itertools.groupby(ordered, key=lambda c: (c.kind, c.crosses))]
-    return sorted(groups, key=lambda group: -sum(c.moved for c in group[2]))
+    return sorted(groups, key=lambda group: -sum(c.bytes for c in group[2]))

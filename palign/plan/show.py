@@ -36,9 +36,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Prints a plan; beside each figure stands whether the compiler said it or it was computed."""
     console = console or Console()
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
-    console.print(
-        f"[bold]{plan.origin.config}[/bold], stage {plan.origin.stage}, on {plan.topology}: {plan.devices} devices ({mesh})"
-    )
+    config, stage, _ = plan.origin
+    console.print(f"[bold]{config}[/bold], stage {stage}, on {plan.topology}: {plan.devices} devices ({mesh})")
     console.print(f"compiled in {plan.compile_seconds:.0f} s with jax {plan.jax_version}")
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     for _ in range(3):
@@ -65,39 +64,28 @@ def print_sweep(plans: Sequence[Plan], console: Console | None = None) -> None:
 
 def _lines(plan: Plan) -> list[tuple[str, str, str]]:
     step, memory, work, times = plan.step, plan.memory, plan.work, plan.times
-    tree = f"prompt and {step.responses} response{'s' * (step.responses > 1)} of {step.part} tokens"
-    share = memory.total / memory.available
+    tree = f"assumed: prompt and {step.responses} response{'s' * (step.responses > 1)} of {step.part} tokens"
+    shortest, longest = times.overlapped, times.one_after_another
+    peak = "computed, at the chip's peak"
     moved = [(e.kind, f"{e.times:,} times, {_bytes(e.bytes)}, {_bytes(e.moved)} received", e) for e in plan.exchanges]
     return [
         ("model", f"{plan.parameters / 1e9:.3g} B parameters, {plan.settings['dtype']} products", "computed"),
-        (
-            "tokens a step",
-            f"{step.tokens:,} ({step.targets:,} targets, {step.examples:,} examples)",
-            f"assumed: {tree}",
-        ),
+        ("tokens a step", f"{step.tokens:,} ({step.targets:,} targets, {step.examples:,} examples)", tree),
         ("memory: parameters", _bytes(memory.parameters), "computed, per device"),
         ("  optimizer", _bytes(memory.optimizer), "computed"),
         ("  frozen models", _bytes(memory.frozen), "computed"),
         ("  batch", _bytes(memory.batch), "computed"),
         ("  inside the step", _bytes(memory.temporary), "compiled: activations, gradients, gathered weights"),
-        ("  total", f"{_bytes(memory.total)} of {_bytes(memory.available)} ({share:.0%})", "compiled"),
+        ("  total", f"{_bytes(memory.total)} of {_bytes(memory.available)} ({plan.share:.0%})", "compiled"),
         ("FLOPs", f"{work.flops / 1e12:.3g} T ({work.model_flops / 1e12:.3g} T asked for)", "computed, per device"),
         ("bytes of memory", _bytes(work.memory_bytes), "computed"),
         *((name, text, _source(exchange)) for name, text, exchange in moved),
-        ("time: compute", _seconds(times.compute), "computed, at the chip's peak"),
-        ("  memory", _seconds(times.memory), "computed, at peak"),
-        ("  links", _seconds(times.links), "computed, at peak, in a ring over all links"),
-        ("  network", _seconds(times.network), "computed, at peak"),
-        (
-            "step",
-            f"{_seconds(times.overlapped)} to {_seconds(times.one_after_another)}",
-            "all at once, nothing at once",
-        ),
-        (
-            "MFU",
-            f"{plan.mfu(times.overlapped):.0%} to {plan.mfu(times.one_after_another):.0%}",
-            "computed: no measurement",
-        ),
+        ("time: compute", _seconds(times.compute), peak),
+        ("  memory", _seconds(times.memory), peak),
+        ("  links", _seconds(times.links), f"{peak}, in a ring over all links"),
+        ("  network", _seconds(times.network), peak),
+        ("step", f"{_seconds(shortest)} to {_seconds(longest)}", "computed: all at once, nothing at once"),
+        ("MFU", f"{plan.mfu(shortest):.0%} to {plan.mfu(longest):.0%}", "computed, not measured"),
     ]
 
 

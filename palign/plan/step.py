@@ -69,7 +69,7 @@ def abstract_step(config: RunConfig, devices: list[jax.Device], *, responses: in
     shardings = state_shardings(mesh, lm, tx, objective.init_carry)
     shapes = jax.eval_shape(lambda key: new_state(lm.init(key), tx, objective.init_carry), jax.random.key(0))
     aux = _frozen(config, mesh, trunk, objective)
-    step = make_train_step(objective, tx, mesh, shardings, jax.tree.map(lambda leaf: leaf.sharding, aux))
+    step: Any = make_train_step(objective, tx, mesh, shardings, jax.tree.map(lambda leaf: leaf.sharding, aux))
     row = assumed_row(config, responses or default_responses(config))
     batch = _batch(config, mesh, row, objective)
     return AbstractStep(config, mesh, objective, row, _placed(shapes, shardings), aux, batch, step.compiled)

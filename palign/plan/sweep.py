@@ -1,6 +1,5 @@
 """Tries the settings that decide memory and time, and ranks those that fit."""
 
-import copy
 import dataclasses
 import itertools
 import pathlib
@@ -12,19 +11,21 @@ from palign.config.schema import RunConfig
 from palign.models.config import padded_vocabulary
 from palign.plan.cost import RECOMPUTED, layer_products, layer_values
 from palign.plan.plan import DoesNotFitError, Origin, Plan, make_plan
+from palign.plan.show import print_sweep
 from palign.plan.topology import GIB, Topology
 from palign.train.metrics import say
 
 SWEPT = ("mesh.data", "mesh.fsdp", "model.remat", "data.micro_batches")
 
 
-def sweep(config: RunConfig, topology: Topology, origin: Origin, *, responses: int = 0) -> list[Plan]:
-    """Compiles every variant that could fit, and prints how each one does.
+def sweep(config: RunConfig, topology: Topology, origin: Origin, *, prefix: str = "", responses: int = 0) -> list[Plan]:
+    """Compiles every variant that could fit, prints how each one does, and then the ranking.
 
     Args:
         config: of one run; its values of the settings in `SWEPT` are replaced.
         topology: which devices.
         origin: where the config comes from; a plan's overrides hold its variant too.
+        prefix: of the swept keys where the config has stages, such as `stages.dpo.`.
         responses: of an example; see `abstract_step`.
 
     Returns:
@@ -38,7 +39,7 @@ def sweep(config: RunConfig, topology: Topology, origin: Origin, *, responses: i
     say(f"{topology.name}: {len(variants)} variants, {len(variants) - len(possible)} of them too large by arithmetic")
     plans = []
     for variant in possible:
-        settings = tuple(f"{key}={_setting(variant, key)}" for key in SWEPT)
+        settings = tuple(f"{prefix}{key}={_setting(variant, key)}" for key in SWEPT)
         variant_origin = origin._replace(overrides=(*origin.overrides, *settings))
         try:
             plan = make_plan(variant, topology, variant_origin, responses=responses)
@@ -50,7 +51,9 @@ def sweep(config: RunConfig, topology: Topology, origin: Origin, *, responses: i
         plans.append(plan)
     if not plans:
         raise ValueError(f"--topology={topology.name}: no variant fits; use more devices, or larger ones")
-    return sorted(plans, key=lambda plan: plan.seconds_per_token)
+    plans.sort(key=lambda plan: plan.seconds_per_token)
+    print_sweep(plans)
+    return plans
 
 
 def _variants(config: RunConfig, devices: int) -> Iterator[RunConfig]:
@@ -81,29 +84,23 @@ def _setting(config: RunConfig, key: str) -> Any:
 
 
 def write_config(plan: Plan, plain: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Writes the config of a sweep's plan as a file that `--config` takes.
+    """Writes a config as a file that `--config` takes.
 
     Args:
-        plan: the one to write.
-        plain: the nested values of the config that was swept.
+        plan: of the config; its first line says where the file comes from.
+        plain: the nested values.
         path: of the new file.
     """
-    values, stages = copy.deepcopy(dict(plain)), dict(plain.get("stages") or {})
-    values.pop("stages", None)
-    chosen = stages[plan.origin.stage] = copy.deepcopy(stages[plan.origin.stage]) if stages else values
-    for key, value in (setting.split("=") for setting in plan.origin.overrides[-len(SWEPT) :]):
-        section, name = key.split(".")
-        chosen.setdefault(section, {})[name] = (
-            {"True": True, "False": False}.get(value) if value.isalpha() else int(value)
-        )
-    given = (
-        f"    config.stages = ordered(**{pprint.pformat(stages, sort_dicts=False)})\n" if plain.get("stages") else ""
-    )
-    path.write_text(
-        f'"""{plan.origin.config}, stage {plan.origin.stage}, as `palign.cli.plan --sweep` chose for {plan.topology}."""\n\n'
-        "from ml_collections import ConfigDict\n\n"
-        + ("from palign.config.load import ordered\n\n\n" if given else "\n")
-        + f"def get_config() -> ConfigDict:\n    config = ConfigDict({pprint.pformat(values, sort_dicts=False)})\n"
-        + f"{given}    return config\n",
-        encoding="utf-8",
-    )
+    values = {key: pprint.pformat(value, sort_dicts=False, width=100) for key, value in plain.items()}
+    stages = values.pop("stages", "")
+    lines = [
+        f'"""{plan.origin.config} as `palign.cli.plan --sweep` chose for {plan.topology}."""\n',
+        "from ml_collections import ConfigDict\n",
+        *(["from palign.config.load import ordered\n"] if stages else []),
+        "\ndef get_config() -> ConfigDict:",
+        "    config = ConfigDict()",
+        *(f"    config.{key} = {value}" for key, value in values.items()),
+        *([f"    config.stages = ordered(**{stages})"] if stages else []),
+        "    return config\n",
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")

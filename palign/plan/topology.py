@@ -4,6 +4,7 @@ Nothing here imports jax: `environment` must have been set before it is imported
 """
 
 import math
+import os
 import pathlib
 import re
 from typing import NamedTuple
@@ -24,9 +25,9 @@ class Chip(NamedTuple):
 
 
 # Sources. TPU memory: what the compiler of libtpu 0.0.42 reports as available. TPU rates: cloud.google.com/tpu/docs/v4,
-# /v5e, /v5p, /v6e, /tpu7x; "Gbps" of inter-chip interconnect is one direction (their bidirectional figure is twice it).
-# TPU networks: a pod's data-centre bandwidth divided by its chips. GPU: NVIDIA's datasheets of H100 and H200 SXM, dense;
-# NVLink 900 GB/s counts both directions; the network is one 400 Gbit/s adapter a GPU, as in DGX H100.
+# v5e, v5p, v6e and tpu7x; "Gbps" of inter-chip links is one direction, their bidirectional figures are twice it. TPU
+# networks: a pod's data-centre bandwidth divided by its chips. GPU: NVIDIA's datasheets of H100 and H200 SXM, dense;
+# NVLink's 900 GB/s counts both directions; the network is one 400 Gbit/s adapter a GPU, as in DGX H100.
 # [mem] = from memory, not looked up.
 CHIPS: dict[str, Chip] = {
     # as one device ("megacore"); link 2400 Gbps [mem], network 50 Gbps [mem]
@@ -105,6 +106,12 @@ def environment(topology: Topology) -> dict[str, str]:
         "TPU_ACCELERATOR_TYPE": "v5p-8",  # silences a probe; the topology is named when compiling
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process aborts on the first one's lock file
     }
+
+
+def prepare_process(topology: Topology) -> None:
+    """Sets `environment`; what XLA_FLAGS holds already stays in front."""
+    for name, value in environment(topology).items():
+        os.environ[name] = f"{os.environ.get(name, '')} {value}".strip() if name == "XLA_FLAGS" else value
 
 
 def target_description(topology: Topology) -> str:

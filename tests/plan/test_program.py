@@ -6,9 +6,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from palign.plan.program import Collective, Expectation, Shape, by_kind, find_faults, read_collectives
+from palign.plan.program import Collective, Expectation, Shape, by_kind, find_faults, read_collectives, stacked_shapes
 from palign.sharding.mesh import make_mesh
 from tests.compiled import uncached
+
+# ruff: noqa: E501
 
 # As libtpu writes it: a reduce-scatter is an all-reduce in a computation of that name, a loop's length stands in its
 # condition, and an exchange that is overlapped with other work appears once in every part of its chain.
@@ -24,11 +26,11 @@ TPU = """
 }
 
 %async_fusion.1 (p: bf16[1,64,32]) -> bf16[1,512,32] {
-  ROOT %all-gather.1 = bf16[1,512,32]{2,1,0} all-gather(%p), channel_id=3, replica_groups=mesh['a'=1,'b'=8,'c'=1] {'b'}, dimensions={1}
+  ROOT %all-gather.1 = bf16[1,512,32]{2,1,0} all-gather(%p), channel_id=3, replica_groups=mesh['a'=1,'b'=8,'c'=1] {'b'}, dimensions={1}, frontend_attributes={chain_id="7"}
 }
 
 %async_fusion.2 (p: bf16[1,64,32]) -> bf16[1,512,32] {
-  ROOT %all-gather.2 = bf16[1,512,32]{2,1,0} all-gather(%p), channel_id=3, replica_groups=mesh['a'=1,'b'=8,'c'=1] {'b'}, dimensions={1}
+  ROOT %all-gather.2 = bf16[1,512,32]{2,1,0} all-gather(%p), channel_id=3, replica_groups=mesh['a'=1,'b'=8,'c'=1] {'b'}, dimensions={1}, frontend_attributes={chain_id="7"}
 }
 
 %head_body (p: (s32[], s32[])) -> (s32[], s32[]) {
@@ -63,14 +65,15 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 def test_a_tpu_program_is_read_with_its_loops():
     found = read_collectives(TPU, slice_of=[0] * 4 + [1] * 4, unknown_trips=5)
     assert sorted(found) == [
-        Collective("all-gather", (Shape("bf16", (1, 512, 32)),), 8, True, 6, True),
-        Collective("all-reduce", (Shape("f32", (256,)),), 2, True, 5, False),  # devices 0 and 4
-        Collective("reduce-scatter", (Shape("bf16", (512, 64)),), 8, True, 6, True),
+        Collective("all-gather", (Shape("bf16", (1, 512, 32)),), 8, 2, 6, True),
+        Collective("all-reduce", (Shape("f32", (256,)),), 2, 2, 5, False),  # devices 0 and 4
+        Collective("reduce-scatter", (Shape("bf16", (512, 64)),), 8, 2, 6, True),
     ]
     gather, reduce, scatter = sorted(found)
-    assert gather.moved == 6 * 512 * 32 * 2 * 7 / 8
-    assert scatter.moved == 6 * 512 * 64 * 2 * 7 / 8
-    assert reduce.moved == 5 * 256 * 4  # twice half of it
+    assert gather.over_links == 6 * 512 * 32 * 2 * 7 / 8
+    assert gather.over_network == 6 * 512 * 32 * 2 / 2 / 4  # half comes from the other slice, through four devices
+    assert scatter.over_links == 6 * 512 * 64 * 2 * 7 / 8
+    assert (reduce.over_links, reduce.over_network) == (0, 5 * 256 * 4)  # twice half of it, one device a slice
 
 
 def test_gpu_exchanges_count_what_is_whole():
@@ -114,7 +117,9 @@ def test_weights_gathered_in_a_loop_are_counted_once_a_layer(scanned):
 
 
 def test_a_stacked_parameter_gathered_outside_the_loop_is_a_fault(scanned):
-    expected = Expectation(frozenset({6 * 32 * 32}), 1, rows=8, vocabulary=999, dim=32, gathers=("all-gather",))
+    expected = Expectation(
+        stacked_shapes([(6, 32, 32), (6, 32)]), 1, rows=8, vocabulary=999, dim=32, gathers=("all-gather",)
+    )
     faults = {name: find_faults(text, read_collectives(text), expected) for name, text in scanned.items()}
     assert faults["one by one"] == []
     assert faults["all at once"] == ["all-gather of a whole stacked parameter, f32[6,32,32]"]

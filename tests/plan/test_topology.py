@@ -10,7 +10,14 @@ from palign.plan.topology import CHIPS, environment, parse_topology, target_desc
 
 @pytest.mark.parametrize(
     ("name", "slices", "per_slice"),
-    [("v5p:4x4x4", 1, 64), ("2xv5e:16x16", 2, 256), ("v5e:1x1", 1, 1), ("h100:8", 1, 8), ("h200:2x8", 2, 8), ("cpu:8", 1, 8)],
+    [
+        ("v5p:4x4x4", 1, 64),
+        ("2xv5e:16x16", 2, 256),
+        ("v5e:1x1", 1, 1),
+        ("h100:8", 1, 8),
+        ("h200:2x8", 2, 8),
+        ("cpu:8", 1, 8),
+    ],
 )
 def test_a_name_says_slices_and_chips(name, slices, per_slice):
     topology = parse_topology(name)
