@@ -11,16 +11,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from palign.attention.block_pairs import list_block_pairs
 from palign.config.schema import ModelConfig
-from palign.models.config import NO_WINDOW, layer_tables, padded_vocabulary
+from palign.models.config import layer_tables, padded_vocabulary
 from palign.objectives.base import REFERENCE, Needs
 from palign.objectives.registry import find_method, needs_of
 from palign.plan.program import Collective
 from palign.plan.step import AbstractStep
 from palign.plan.topology import Chip
 from palign.train.build import diagnosis_of
-from palign.types import Batch
 
 RECOMPUTED = {False: 0, True: 1}  # config.model.remat -> forwards that the backward repeats
 
@@ -112,7 +110,7 @@ def work_of(step: AbstractStep) -> Work:
     per_token, head = 2 * layer_products(model), 2 * kernel * targets
     real, run = per_token * rows * int(np.sum(row.group > 0)), per_token * rows * row.token.size
     last = run * model.hidden_dim * model.dim * model.num_layers / layer_products(model)
-    seen, visited = (rows * 4 * model.num_heads * model.head_width * pairs for pairs in _query_key_pairs(row, model))
+    seen, visited = (rows * 4 * model.num_heads * model.head_width * pairs for pairs in _query_key_pairs(step))
     # The backward of attention forms the scores once more: five products for the forward's two.
     layers = (passes.policy + passes.frozen) * (run + visited) + 0.5 * visited
     return Work(
@@ -128,19 +126,12 @@ def layer_products(model: ModelConfig) -> int:
     return model.num_layers * model.dim * (attention + 3 * model.hidden_dim)
 
 
-def _query_key_pairs(row: Batch, model: ModelConfig) -> tuple[float, float]:
+def _query_key_pairs(step: AbstractStep) -> tuple[float, float]:
     """Of a row, over all layers: pairs that the tree rule shows, and those in the blocks that are visited."""
-    windows = layer_tables(model).window
+    row, windows = step.row, layer_tables(step.config.model).window
     context = row.position[row.group > 0] + 1
-    seen = sum(np.minimum(context, window).sum() for window in np.minimum(windows, NO_WINDOW))
-    block = _block(row)
-    listed = list_block_pairs(row.group, row.branch, row.position, block)
-    return float(seen), float(model.num_layers * block**2 * np.sum(listed[:, 1] >= 0))
-
-
-def _block(row: Batch) -> int:
-    blocks = (int(np.sqrt(8 * len(row.block_pairs) + 1)) - 1) // 2
-    return row.token.size // blocks
+    seen = sum(np.minimum(context, window).sum() for window in windows)
+    return float(seen), float(len(windows) * step.config.data.block**2 * np.sum(row.block_pairs[:, 1] >= 0))
 
 
 def _tensor_size(step: AbstractStep) -> int:

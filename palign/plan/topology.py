@@ -40,7 +40,7 @@ CHIPS: dict[str, Chip] = {
     "v6e": Chip("tpu", 31.25 * GIB, 918e12, 1640e9, 448e9, 12.5e9, "v6e:16x16"),
     # half of a chip of 2307 TFLOP/s: it is two devices; bandwidth 7380 GB/s, link 600 GB/s and network 100 Gbps [mem]
     "tpu7x": Chip("tpu", 94.75 * GIB, 1153.5e12, 3690e9, 300e9, 6.25e9, "tpu7x:4x4x4"),
-    # 80 and 141 GB, of which the driver and the communication library keep some: XLA_CLIENT_MEM_FRACTION=0.92 [mem]
+    # 80 and 141 GB, less what the driver keeps [mem]; jax takes 0.75 of it unless XLA_CLIENT_MEM_FRACTION says 0.92
     "h100": Chip("gpu", 0.92 * 79.1 * GIB, 989e12, 3350e9, 450e9, 50e9, "h100:2x8"),
     "h200": Chip("gpu", 0.92 * 139.8 * GIB, 989e12, 4800e9, 450e9, 50e9, "h200:8"),
     # forced host devices, which try the machinery: no real chip, its times mean nothing
