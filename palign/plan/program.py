@@ -180,22 +180,33 @@ def _collective(match: re.Match, line: str, computation: str, use: _Use, slice_o
 
 
 def _group(line: str) -> tuple[list[int], int]:
-    """The devices of the first group, and how many there are in each."""
+    """The devices of the first group, and how many there are in each; the three ways of writing groups."""
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", line):
-        members = [int(n) for n in match[1].split(",") if n]
-        return members, len(members)
-    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        sizes = [int(n) for n in match[3].split(",")]
-        order = [int(n) for n in match[4].split(",")] if match[4] else range(len(sizes))
-        ids = np.arange(math.prod(sizes)).reshape(sizes).transpose(list(order)).reshape(int(match[1]), int(match[2]))
-        return ids[0].tolist(), int(match[2])
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
+        members = _numbers(match[1])
+    elif match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", line):
+        members = _order(match[3])[: int(match[2])]
+    elif match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", line):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
-        along = re.findall(r"'(\w+)'", match[2])
-        ids = np.arange(math.prod(axes.values())).reshape(tuple(axes.values()))
+        devices = _order(match[2] or f"[{math.prod(axes.values())}]")
+        along = re.findall(r"'(\w+)'", match[3])
+        ids = np.reshape(devices, tuple(axes.values()))
         members = ids[tuple(slice(None) if name in along else 0 for name in axes)].reshape(-1).tolist()
-        return members, len(members)
-    return [], 1
+    else:
+        members = []
+    return members, max(len(members), 1)
+
+
+def _order(written: str) -> list[int]:
+    """Devices in an order: `[2,8]T(1,0)` counts them up in that shape and transposes it; or they are listed."""
+    sizes, transposed, axes = written.partition("T")
+    if not sizes.startswith("["):
+        return _numbers(written)
+    ids = np.arange(math.prod(_numbers(sizes))).reshape(_numbers(sizes))
+    return (ids.transpose(_numbers(axes)) if transposed else ids).reshape(-1).tolist()
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
 
 
 class Expectation(NamedTuple):

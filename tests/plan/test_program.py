@@ -91,6 +91,27 @@ def test_gpu_exchanges_count_what_is_whole():
     }
 
 
+@pytest.mark.parametrize(
+    ("written", "members"),
+    [
+        ("{{0,2},{1,3}}", [0, 2]),
+        ("[2,4]<=[8]", [0, 1, 2, 3]),
+        ("[2,4]<=[4,2]T(1,0)", [0, 2, 4, 6]),
+        ("mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
+        ("mesh['a'=2,'b'=4] {'a'}", [0, 4]),
+        ("mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", [0, 1, 2, 3]),
+        ("mesh['a'=2,'b'=2], device_ids=(0,2,1,3) {'b'}", [0, 2]),
+    ],
+)
+def test_groups_are_read_in_every_way_of_writing_them(written, members):
+    """A group crosses slices where its devices do; every device is a slice of its own here."""
+    line = f"ENTRY %main (p: f32[8]) -> f32[8] {{\n  %r = f32[8]{{0}} all-reduce(%p), channel_id=1, replica_groups={written}, x\n}}"
+    (found,) = read_collectives(line, slice_of=[1 if n in members[1:] else 0 for n in range(8)])
+    assert found.group == len(members) and found.slices == 2
+    (found,) = read_collectives(line, slice_of=[0 if n in members else 1 for n in range(8)])
+    assert found.slices == 1
+
+
 @pytest.fixture(scope="module")
 def scanned():
     """A scan over six layers of weights cut over eight devices, gathered one by one, and all at once."""
