@@ -30,7 +30,12 @@ from palign.train.optimizer import make_optimizer
 from palign.train.state import new_state, state_shardings
 from palign.train.step import make_train_step
 
-TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 MODEL = ModelConfig(
     vocab_size=32000, num_layers=12, dim=768, num_heads=12, num_key_heads=12, hidden_dim=2048, tie_embedding=False
 )

@@ -28,9 +28,9 @@ ROWS = 16
 
 
 @functools.cache
-def program(loss_type="dpo", data=1, fsdp=1):
+def program(loss_type="dpo", data=1, fsdp=1, dtype="float32"):
     """`(compiled step, places of the state, of the base, mesh)`."""
-    lm = make_language_model(MODEL)
+    lm = make_language_model(dataclasses.replace(MODEL, dtype=dtype))
     mesh, trained = make_mesh(data=data, fsdp=fsdp, devices=jax.devices()[: data * fsdp]), add_lora(lm, LORA)
     whole = make_objective(lm, [loss_type], hyper={"beta": 0.1} if loss_type == "dpo" else {}, chunk=32)
     objective = with_base(whole, LORA, whole.frozen)
@@ -61,10 +61,11 @@ def run(factors, num=24, **where):
     return jax.device_get(step(state, jax.device_put({BASE: weights()[0]}, places), batch(mesh, num)))
 
 
-def test_one_pair_starts_at_log_2_to_the_last_bit_and_all_pairs_at_rewards_of_0():
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_one_pair_starts_at_log_2_to_the_last_bit_and_all_pairs_at_rewards_of_0(dtype):
     start = jax.device_get(jax.jit(add_lora(make_language_model(MODEL), LORA).init)(jax.random.key(3)))
     for num in (1, 24):
-        state, metrics = run(start, num)
+        state, metrics = run(start, num, dtype=dtype)
         assert all(metrics[name].sum == 0 for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"))
         gradients = jax.tree_util.tree_leaves_with_path(state.opt_state[0].trace)
         for path, gradient in gradients:  # A's is 0 as long as B is
@@ -73,6 +74,7 @@ def test_one_pair_starts_at_log_2_to_the_last_bit_and_all_pairs_at_rewards_of_0(
             assert metrics["rewards/margins"].count == 1 and metrics["loss"].sum == np.float32(math.log(2))
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same_update():
     expected, metrics = run(weights()[1])
     with uncached():
