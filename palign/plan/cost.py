@@ -20,7 +20,8 @@ from palign.plan.step import AbstractStep
 from palign.plan.topology import Chip
 from palign.train.build import diagnosis_of
 
-RECOMPUTED = {False: 0, True: 1}  # config.model.remat -> forwards that the backward repeats
+# config.model.remat -> forwards of the layers' products, and of attention, that the backward repeats
+RECOMPUTED = {"none": (0, 0), "dots": (0, 0), "attention": (1, 0), "full": (1, 1)}
 
 
 class Passes(NamedTuple):
@@ -29,7 +30,8 @@ class Passes(NamedTuple):
     Attributes:
         model: forwards that the method asks for; a backward counts as two.
         policy: the policy's, a backward as two.
-        recomputed: forwards of the policy that its backward repeats, but for each layer's last product.
+        recomputed: forwards of the policy's products that its backward repeats, but for each layer's last product.
+        attended: the same of attention.
         frozen: forwards of frozen models.
         head_model: products of targets and unembedding that the method asks for.
         head: the same as they are run.
@@ -38,6 +40,7 @@ class Passes(NamedTuple):
     model: int
     policy: int
     recomputed: int
+    attended: int
     frozen: int
     head_model: int
     head: int
@@ -92,10 +95,12 @@ def passes_of(step: AbstractStep) -> Passes:
     sums = [m for m in methods if m.distils or (m.view is None and not values)]
     summed = sum(3 + len(m.frozen) for m in sums)
     before = step.objective.statistics is not None  # a forward of its own over the whole batch
+    recomputed, attended = RECOMPUTED[step.config.model.remat]
     return Passes(
         model=3 + frozen + before * (1 + frozen),
         policy=3 + before,
-        recomputed=RECOMPUTED[step.config.model.remat],
+        recomputed=recomputed,
+        attended=attended,
         frozen=frozen * (1 + before),
         head_model=3 * values + beside + asked + summed + before * (1 + asked),
         head=4 * values + 2 * beside + asked + summed + before * (1 + asked),
@@ -113,9 +118,10 @@ def work_of(step: AbstractStep) -> Work:
     seen, visited = (rows * 4 * model.num_heads * model.head_width * pairs for pairs in _query_key_pairs(step))
     # The backward of attention forms the scores once more: five products for the forward's two.
     layers = (passes.policy + passes.frozen) * (run + visited) + 0.5 * visited
+    again = passes.recomputed * (run - last) + passes.attended * visited
     return Work(
         model_flops=(passes.model * (real + seen) + passes.head_model * head) / cut,
-        flops=(layers + passes.recomputed * (run - last + visited) + passes.head * head) / cut,
+        flops=(layers + again + passes.head * head) / cut,
         memory_bytes=_weights(step, passes) + (_head(step, passes, targets) + _activations(step, passes)) / cut,
     )
 
@@ -169,6 +175,12 @@ def layer_values(model: ModelConfig) -> int:
     """Values that a layer's products and its two norms read and write for a token."""
     heads, key_heads = model.num_heads * model.head_width, model.num_key_heads * model.head_width
     return 8 * model.dim + 2 * heads + 2 * key_heads + 3 * model.hidden_dim
+
+
+def kept_values(model: ModelConfig) -> int:
+    """Values of a token that a layer keeps for its backward, at least."""
+    kept = {"full": model.dim, "attention": model.dim + model.num_heads * model.head_width}
+    return kept.get(model.remat, layer_values(model) // 2)  # of what is read and written, one side
 
 
 def bytes_on_device(tree: object) -> int:

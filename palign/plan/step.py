@@ -1,6 +1,7 @@
 """The training step of a config, with shapes for arguments: nothing is read, initialised or allocated."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +14,16 @@ from palign.data.tokenize import TokenTree
 from palign.models.config import dtype_on
 from palign.models.protocol import LanguageModel
 from palign.models.transformer import make_language_model
-from palign.objectives.base import Objective
+from palign.objectives.base import REFERENCE, Objective
+from palign.objectives.lora import BASE
 from palign.objectives.readings import WEIGHTS
 from palign.objectives.registry import find_method
 from palign.sharding.mesh import make_mesh, num_row_shards, row_sharding
 from palign.sharding.rules import parameter_shardings
 from palign.train.build import check_config, check_rows, objective_of
+from palign.train.followers import followers_of
+from palign.train.kernel import PLAIN, find_candidates
+from palign.train.models import with_factors
 from palign.train.optimizer import make_optimizer
 from palign.train.sources import without_value_head
 from palign.train.state import TrainState, new_state, state_shardings
@@ -64,12 +69,22 @@ def abstract_step(config: RunConfig, devices: list[jax.Device], *, responses: in
     check_rows(config, mesh)
     dtype = dtype_on(devices[0]) if config.model.dtype == "auto" else config.model.dtype
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-    lm, trunk = make_language_model(config.model), make_language_model(without_value_head(config.model))
-    objective, tx = objective_of(config, lm), make_optimizer(config.optimizer, config.train.max_steps or STEPS)
-    shardings = state_shardings(mesh, lm, tx, objective.init_carry)
-    shapes = jax.eval_shape(lambda key: new_state(lm.init(key), tx, objective.init_carry), jax.random.key(0))
-    aux = _frozen(config, mesh, trunk, objective)
-    step: Any = make_train_step(objective, tx, mesh, shardings, jax.tree.map(lambda leaf: leaf.sharding, aux))
+    find_candidates(config.attention.kernel, devices[0].platform)
+    kernel = PLAIN if config.attention.kernel == "auto" else config.attention.kernel  # nothing is there to measure
+    lm, trunk = (make_language_model(model, kernel) for model in (config.model, without_value_head(config.model)))
+    sources = {BASE: config.init_from, REFERENCE: config.reference_from or config.init_from}
+    trained, objective = with_factors(config, lm, objective_of(config, lm), sources)
+    tx, followers = make_optimizer(config.optimizer, config.train.max_steps or STEPS), followers_of(config)
+    shardings = state_shardings(mesh, trained, tx, objective.init_carry, followers)
+
+    def init(key: jax.Array) -> TrainState:
+        params = trained.init(key)
+        return new_state(params, tx, objective.init_carry, dict.fromkeys(followers, params))
+
+    aux = _frozen(config, mesh, trunk, objective.frozen - followers.keys())
+    places = jax.tree.map(lambda leaf: leaf.sharding, aux)
+    step: Any = make_train_step(objective, tx, mesh, shardings, places, followers)
+    shapes = jax.eval_shape(init, jax.random.key(0))
     row = assumed_row(config, responses or default_responses(config))
     batch = _batch(config, mesh, row, objective)
     return AbstractStep(config, mesh, objective, row, _placed(shapes, shardings), aux, batch, step.compiled)
@@ -127,14 +142,19 @@ def _placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings)
 
 
-def _frozen(config: RunConfig, mesh: Mesh, trunk: LanguageModel, objective: Objective) -> dict[str, Any]:
+def _frozen(config: RunConfig, mesh: Mesh, trunk: LanguageModel, roles: Collection[str]) -> dict[str, Any]:
     """The frozen models; of one whose hidden states are cached, the unembedding alone."""
-    shapes = jax.eval_shape(trunk.init, jax.random.key(0))
+
+    def init(key: jax.Array) -> Any:
+        return jax.tree.map(lambda x: x.astype(config.frozen.dtype or x.dtype), trunk.init(key))
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
     whole = _placed(shapes, parameter_shardings(mesh, shapes))
     if config.objective.teachers == "cached":
         kernel = {"unembedding": jax.eval_shape(lambda params: trunk.unembed(params).kernel, shapes)}
-        whole = _placed(kernel, parameter_shardings(mesh, kernel))["unembedding"]
-    return dict.fromkeys(sorted(objective.frozen), whole)
+        unembedding = _placed(kernel, parameter_shardings(mesh, kernel))["unembedding"]
+        return {role: whole if role == BASE else unembedding for role in sorted(roles)}
+    return dict.fromkeys(sorted(roles), whole)
 
 
 def _batch(config: RunConfig, mesh: Mesh, row: Batch, objective: Objective) -> Batch:
@@ -143,6 +163,6 @@ def _batch(config: RunConfig, mesh: Mesh, row: Batch, objective: Objective) -> B
         row = row._replace(reference_logps=np.zeros(targets, np.float32))
     if config.objective.teachers == "cached":
         hidden = jax.ShapeDtypeStruct((*targets, config.model.dim), config.model.dtype)
-        row = row._replace(hidden=dict.fromkeys(sorted(objective.frozen), hidden))
+        row = row._replace(hidden=dict.fromkeys(sorted(objective.frozen - {BASE}), hidden))
     leading, place = (data.micro_batches, data.rows_per_step // data.micro_batches), row_sharding(mesh, axis=1)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leading + leaf.shape, leaf.dtype, sharding=place), row)

@@ -9,7 +9,7 @@ from typing import Any
 
 from palign.config.schema import RunConfig
 from palign.models.config import padded_vocabulary
-from palign.plan.cost import RECOMPUTED, layer_products, layer_values
+from palign.plan.cost import RECOMPUTED, kept_values, layer_products
 from palign.plan.plan import DoesNotFitError, Origin, Plan, make_plan
 from palign.plan.show import print_sweep
 from palign.plan.topology import GIB, Topology
@@ -74,8 +74,7 @@ def least_memory(config: RunConfig) -> float:
     model, data, mesh = config.model, config.data, config.mesh
     parameters = layer_products(model) + padded_vocabulary(model) * model.dim * (2 - model.tie_embedding)
     tokens = data.rows_per_step // data.micro_batches * data.row_length / (mesh.data * mesh.fsdp)
-    kept = model.dim if RECOMPUTED[model.remat] else layer_values(model) / 2  # of what is read and written, one side
-    return 8 * parameters / mesh.fsdp + 2 * model.num_layers * tokens * kept
+    return 8 * parameters / mesh.fsdp + 2 * model.num_layers * tokens * kept_values(model)
 
 
 def _setting(config: RunConfig, key: str) -> Any:

@@ -54,12 +54,7 @@ def choose_kernel(config: RunConfig, workdir: epath.Path, mesh: Mesh, dataset: D
         ValueError: the named form does not run on these devices, or does not take blocks and heads of these sizes.
     """
     name, device = config.attention.kernel, mesh.devices.flat[0]
-    candidates = CANDIDATES.get(device.platform, (PLAIN,))
-    if name not in ("auto", *candidates):
-        raise ValueError(
-            f"config.attention.kernel = {name!r} does not run on {device.platform}; expected auto or one of "
-            f"{', '.join(candidates)}"
-        )
+    candidates = find_candidates(name, device.platform)
     if name == PLAIN or candidates == (PLAIN,):
         return PLAIN
     inputs = _inputs(config, mesh, dataset)
@@ -75,6 +70,21 @@ def choose_kernel(config: RunConfig, workdir: epath.Path, mesh: Mesh, dataset: D
         say(f"attention: {chosen} ({'; '.join(describe(name, trial) for name, trial in trials.items())})")
         (workdir / CHOICE).write_text(json.dumps({"kernel": chosen, "device": device.device_kind}))
     return chosen
+
+
+def find_candidates(name: str, platform: str) -> tuple[str, ...]:
+    """The forms that a platform can run.
+
+    Raises:
+        ValueError: the one that is asked for is not among them.
+    """
+    candidates = CANDIDATES.get(platform, (PLAIN,))
+    if name not in ("auto", *candidates):
+        raise ValueError(
+            f"config.attention.kernel = {name!r} does not run on {platform}; expected auto or one of "
+            f"{', '.join(candidates)}"
+        )
+    return candidates
 
 
 def fastest(trials: Mapping[str, Trial | str]) -> str:

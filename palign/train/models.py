@@ -46,7 +46,7 @@ def check_models(config: RunConfig, reads: frozenset[str]) -> None:
 
 
 def with_factors(
-    config: RunConfig, lm: LanguageModel, objective: Objective, sources: Mapping[str, Source]
+    config: RunConfig, lm: LanguageModel, objective: Objective, sources: Mapping[str, Any]
 ) -> tuple[LanguageModel, Objective]:
     """The model whose `init` gives what is trained, and the objective of that: all weights, or LoRA factors."""
     if not config.lora.rank:

@@ -11,7 +11,7 @@ import pytest
 
 from palign.config.schema import DataConfig, MeshConfig, ModelConfig, ObjectiveConfig, RunConfig
 from palign.models.transformer import make_language_model
-from palign.plan.cost import work_of
+from palign.plan.cost import RECOMPUTED, work_of
 from palign.plan.plan import DoesNotFitError, Origin, make_plan
 from palign.plan.show import from_json, print_plan, to_json
 from palign.plan.step import abstract_step
@@ -140,10 +140,10 @@ def test_a_plan_without_a_vocabulary_is_refused():
     ("name", "remat"),
     [
         pytest.param(
-            name, remat, marks=[] if (name, remat) in (("dpo, live", True), ("sft", False)) else pytest.mark.slow
+            name, remat, marks=[] if (name, remat) in (("dpo, live", "full"), ("sft", "none")) else pytest.mark.slow
         )
         for name in METHODS
-        for remat in (True, False)
+        for remat in RECOMPUTED
     ],
 )
 def test_products_are_those_of_the_traced_step(name, remat):
