@@ -167,11 +167,15 @@ def assemble(
     places = parameter_shardings(mesh, jax.eval_shape(trunk.init, jax.random.key(0)))
     load = functools.partial(load_source, lm=trunk, mesh=mesh, dtype=config.frozen.dtype)
     aux = {role: load(sources[role]) for role in sorted(objective.frozen - followers.keys())}
+
+    def reference() -> Any:
+        held = BASE if sources.get(BASE) == sources[REFERENCE] else REFERENCE
+        return aux[held] if held in aux else load(sources[REFERENCE])
+
     if any(WEIGHTS in find_method(name).reads for name in settings.loss_type):
-        reference = aux.get(REFERENCE) or load(sources[REFERENCE])
-        data = match_prompts(data, trunk, reference, mesh, workdir, seed=config.data.seed)
+        data = match_prompts(data, trunk, reference(), mesh, workdir, seed=config.data.seed)
     if settings.reference == "cached":
-        data = _with_cached_reference(config, workdir, mesh, trunk, data, load(sources[REFERENCE]))
+        data = _with_cached_reference(config, workdir, mesh, trunk, data, reference())
     aux_places = dict.fromkeys(aux, places)
     if settings.teachers == "cached":
         for role in sorted(aux.keys() - {BASE}):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from palign.config.load import to_plain
+from palign.train import build as build_module
 from palign.train import loop
 from palign.train.build import build, check_config
 from palign.train.checkpoint import load_facts
@@ -68,6 +69,16 @@ def test_the_first_loss_is_log_2_and_the_base_is_the_reference_in_one_copy(dpo, 
     losses = [line["loss"] for line in read_metrics(trained[0]) if "loss" in line]
     assert losses[:2] == pytest.approx([math.log(2)] * 2, abs=1e-7)  # the first rate is 0
     assert losses[-1] < losses[0] - 1e-4
+
+
+def test_the_base_is_what_a_cached_reference_is_computed_with(pairs, sft, trained, tmp_path, monkeypatch):
+    loaded, load = [], build_module.load_source
+    monkeypatch.setattr(
+        build_module, "load_source", lambda source, **kwargs: loaded.append(source) or load(source, **kwargs)
+    )
+    cached = config(pairs, objective=DPO | {"reference": "cached"}, lora=LORA, init_from=str(sft), train=TRAIN)
+    made, _ = build(cached, tmp_path / "run")
+    assert len(loaded) == 1 and made.aux.keys() == {"base"} and made.data.train.reference_logps is not None
 
 
 def test_a_checkpoint_holds_the_factors_alone_and_names_its_base(trained, sft):
