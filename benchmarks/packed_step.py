@@ -31,7 +31,7 @@ import numpy as np
 
 from palign import losses
 from palign.config.schema import ModelConfig, OptimizerConfig
-from palign.data.pack import RowShape, pack_row, row_shape, split_targets, stack_rows
+from palign.data.pack import RowShape, join_targets, pack_row, row_shape, split_targets, stack_rows
 from palign.data.plan import plan_epochs, row_needs
 from palign.data.tokenize import TokenTree
 from palign.heads.target_values import target_logps, token_values
@@ -96,12 +96,14 @@ def packed_steps(trees: list[TokenTree], shape: RowShape, rows: int, steps: int)
 def packed_batch(rows: list[list[TokenTree]], shape: RowShape, reference: dict | None) -> Batch:
     """Side A's batch `[R, ...]`."""
 
-    def logps(row):
-        return None if reference is None else [reference[tree.id] for tree in row]
+    def packed(trees):
+        row = pack_row(trees, shape, "best_worst", "packed", seed=0)
+        if reference is None:
+            return row
+        values = [reference[tree.id] for tree in trees]
+        return row._replace(reference_logps=join_targets(row, values, like=np.zeros(0, np.float32)))
 
-    return stack_rows(
-        [pack_row(row, shape, "best_worst", "packed", seed=0, reference_logps=logps(row)) for row in rows]
-    )
+    return stack_rows([packed(trees) for trees in rows])
 
 
 def padded_batch(trees: list[TokenTree], reference: dict | None) -> Batch:
@@ -147,14 +149,14 @@ def pad_and_repeat_objective(lm, config: ModelConfig, *, cached: bool, chunk: in
     def sums(logps, batch):
         return jnp.sum(jnp.where(batch.target_slot > 0, logps, 0.0), axis=1).reshape(-1, 2)
 
-    def loss(params, aux, batch):
+    def loss(params, aux, batch, context):
         tokens = token_values(hidden(params, batch), lm.unembed(params), batch, chunk=chunk)
         reference = batch.reference_logps
         if not cached:
             frozen = jax.lax.stop_gradient(aux[REFERENCE])
             reference = target_logps(hidden(frozen, batch), lm.unembed(frozen), batch, chunk=chunk)
         values = losses.dpo(sums(tokens.logps, batch), jax.lax.stop_gradient(sums(reference, batch)), beta=BETA)
-        return Terms({"dpo": jnp.sum(values)}, jax.lax.stop_gradient(token_metrics(tokens, batch)))
+        return Terms({"dpo": jnp.sum(values)}, jax.lax.stop_gradient(token_metrics(tokens, batch)), {})
 
     def counts(batch):
         return {"dpo": jnp.float32(batch.token.shape[0] // 2)}
