@@ -29,7 +29,7 @@ class Passes(NamedTuple):
 
     Attributes:
         model: forwards that the method asks for; a backward counts as two.
-        policy: the policy's, a backward as two.
+        policy: the policy's, a backward as two, or as one where LoRA's factors are trained.
         recomputed: forwards of the policy's products that its backward repeats, but for each layer's last product.
         attended: the same of attention.
         frozen: forwards of frozen models.
@@ -93,17 +93,18 @@ def passes_of(step: AbstractStep) -> Passes:
     beside = len(needs.frozen) if needs.per_target else 0
     # Sums over targets take the gradient in the forward.
     sums = [m for m in methods if m.distils or (m.view is None and not values)]
-    summed = sum(3 + len(m.frozen) for m in sums)
+    products = 3 - bool(step.config.lora.rank)  # a frozen kernel has no gradient; the factors' products are left out
+    summed = sum(products + len(m.frozen) for m in sums)
     before = step.objective.statistics is not None  # a forward of its own over the whole batch
     recomputed, attended = RECOMPUTED[step.config.model.remat]
     return Passes(
-        model=3 + frozen + before * (1 + frozen),
-        policy=3 + before,
+        model=products + frozen + before * (1 + frozen),
+        policy=products + before,
         recomputed=recomputed,
         attended=attended,
         frozen=frozen * (1 + before),
-        head_model=3 * values + beside + asked + summed + before * (1 + asked),
-        head=4 * values + 2 * beside + asked + summed + before * (1 + asked),
+        head_model=products * values + beside + asked + summed + before * (1 + asked),
+        head=(products + 1) * values + 2 * beside + asked + summed + before * (1 + asked),
     )
 
 
@@ -152,7 +153,8 @@ def _width(model: ModelConfig) -> int:
 def _weights(step: AbstractStep, passes: Passes) -> float:
     """Layers: written when gathered, read in every forward and once in the backward. The optimizer: its own piece."""
     model, gathered = step.config.model, dict(step.mesh.shape)["fsdp"] > 1
-    runs = passes.policy - 1 + passes.recomputed + passes.frozen  # the backward is two products but reads weights once
+    dense = not step.config.lora.rank  # its backward is two products but reads weights once
+    runs = passes.policy - dense + passes.recomputed + passes.frozen
     layers = step.config.data.micro_batches * runs * layer_products(model) * _width(model) * (1 + gathered)
     return layers / _tensor_size(step) + 2 * bytes_on_device(step.state)
 

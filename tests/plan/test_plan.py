@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from palign.config.schema import DataConfig, MeshConfig, ModelConfig, ObjectiveConfig, RunConfig
+from palign.config.schema import DataConfig, LoraConfig, MeshConfig, ModelConfig, ObjectiveConfig, RunConfig
 from palign.models.transformer import make_language_model
-from palign.plan.cost import RECOMPUTED, work_of
+from palign.plan.cost import RECOMPUTED, bytes_on_device, work_of
 from palign.plan.plan import DoesNotFitError, Origin, make_plan
 from palign.plan.show import from_json, print_plan, to_json
 from palign.plan.step import abstract_step
@@ -183,3 +183,13 @@ def trips(eqn, name, inner, step):
     pairs = step.rows_per_device * int(np.sum(step.row.block_pairs[:, 1] >= 0))
     targets = step.rows_per_device * int(np.sum(step.row.target_slot > 0))
     return targets / 16 if "[16,256]" in str(inner) else pairs / 16  # chunks of the heads see the vocabulary
+
+
+def test_factors_are_planned_without_the_gradients_of_their_base():
+    whole = CONFIG if CONFIG.init_from else dataclasses.replace(CONFIG, init_from="sft")
+    steps = [
+        abstract_step(dataclasses.replace(whole, lora=LoraConfig(rank=rank)), jax.devices()[:1]) for rank in (0, 2)
+    ]
+    dense, low = (bytes_on_device(step.state) for step in steps)
+    assert low < dense / 4 and steps[1].aux.keys() == {"base"}
+    assert work_of(steps[1]).flops < work_of(steps[0]).flops
