@@ -159,7 +159,7 @@ def adaptive_beats_constant(outcomes: Outcomes) -> Claim:
             *against("", "aligndistil_ratio", "ratios around 1"),
             *against("_on_policy", "aligndistil_contrastive", "ratios around 0.5, on-policy"),
         ),
-        "Each at the best setting of its grid.",
+        "Each at the best setting of its grid." if outcomes.is_whole else "Each at the middle of its grid.",
     )
 
 
@@ -167,7 +167,8 @@ def rpo_over_optimises_less(outcomes: Outcomes) -> Claim:
     """RPO loses less of its best reward than DPO."""
 
     def mean_of(method: str, value: Callable[[Result], float]) -> BySeed:
-        return {s: sum(values) / len(values) for s, values in outcomes.over_settings(method, value).items()}
+        both = outcomes.over_settings(method, value, like="rpo" if method == DPO else DPO)
+        return {s: sum(values) / len(values) for s, values in both.items() if values}
 
     def over(method: str) -> BySeed:
         return mean_of(method, lambda r: over_optimisation(r.curve))
@@ -181,7 +182,7 @@ def rpo_over_optimises_less(outcomes: Outcomes) -> Claim:
             compare("KL to SFT, DPO against RPO", mean_of(DPO, _kl), mean_of("rpo", _kl)),
             compare("gold reward, RPO against DPO", mean_of("rpo", mean_gold), mean_of(DPO, mean_gold)),
         ),
-        "Means over the settings of both grids, which are the same. A best of several noisy checkpoints lies a little "
+        "Means over the settings that both were run with. A best of several noisy checkpoints lies a little "
         "above the last one even where nothing is lost, for both alike.",
     )
 

@@ -84,7 +84,7 @@ def make_report(
     return RunReport(
         title="palign study",
         facts=facts,
-        table=make_table(outcomes.config, lines),
+        table=make_table(outcomes, lines),
         claims=[Claim(f"{c.title} ({c.source})", c.verdict, c.numbers, c.remark) for c in claims],
         frontiers={group: [points[name] for name in (SFT, *names)] for group, names in groups.items()},
         curves=curves,
@@ -95,7 +95,7 @@ def make_report(
     )
 
 
-def make_table(config: StudyConfig, lines: Sequence[Line]) -> Table:
+def make_table(outcomes: Outcomes, lines: Sequence[Line]) -> Table:
     """A row a method."""
     columns: dict[str, Callable[[Line], Cell]] = {
         "gold reward": lambda line: _cell(line.gold),
@@ -115,10 +115,10 @@ def make_table(config: StudyConfig, lines: Sequence[Line]) -> Table:
     # What no line has, such as a spread over one setting, takes no column.
     columns = {name: cell for name, cell in columns.items() if any(cell(line).value is not None for line in lines)}
     rows = [Row(line.label, [cell(line) for cell in columns.values()]) for line in lines]
-    caption = (
-        f"Means over seeds with Student's 95% intervals, {config.test_prompts} held-out prompts, at the setting "
-        f"with the most gold reward on {config.tuning_prompts} other ones."
-    )
+    config = outcomes.config
+    best = f"the setting with the most gold reward on {config.tuning_prompts} other ones"
+    shown = best if outcomes.is_whole else "the middle of each grid, for the study is not finished"
+    caption = f"Means over seeds with Student's 95% intervals, {config.test_prompts} held-out prompts, at {shown}."
     return Table(list(columns), rows, label="method", caption=caption)
 
 

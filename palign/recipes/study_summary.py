@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from palign.eval.winrate import Interval, mean_interval, win_rate
-from palign.recipes.study_config import DPO, REVERSE_DPO, SFT, Job, StudyConfig
+from palign.recipes.study_config import DPO, REVERSE_DPO, SFT, Job, StudyConfig, list_jobs
 from palign.recipes.study_measures import Point, Result
 
 REACHED = 0.9  # of a run's own best improvement: where its convergence is read off
@@ -55,7 +55,12 @@ class Outcomes:
     """The results of a study, by method, setting and seed."""
 
     def __init__(self, config: StudyConfig, entries: Sequence[Entry]):
-        """Takes the finished jobs; those that diverged count as not there, and are in `diverged`."""
+        """Takes the finished jobs; those that diverged count as not there, and are in `diverged`.
+
+        A method whose grid has been run must not be compared at its best with others whose grids wait: settings are
+        chosen once the study `is_whole`, before that the middle of each grid stands for the method.
+        """
+        self.is_whole = len(entries) == len(list_jobs(config))
         self.config, self.entries = config, [entry for entry in entries if entry.result is not None]
         self.diverged = [entry.job.name for entry in entries if entry.result is None]
 
@@ -84,7 +89,8 @@ class Outcomes:
 
     def best_setting(self, method: str) -> Setting:
         """The one whose runs end with the most gold reward on the tuning prompts, which no table shows."""
-        return max(self.settings(method), key=lambda s: _mean(r.curve[-1].gold for r in self.of(method, s).values()))
+        settings = self.settings(method) if self.is_whole else self.settings(method)[:1]
+        return max(settings, key=lambda s: _mean(r.curve[-1].gold for r in self.of(method, s).values()))
 
     def best(self, method: str) -> dict[int, Result]:
         """Seed -> result at the best setting; empty where the method has none."""
@@ -94,11 +100,18 @@ class Outcomes:
         """Seed -> result at the middle of the grid; empty where the method has none."""
         return self.of(method, next(self.config.methods[method].settings())) if method in self.methods else {}
 
-    def over_settings(self, method: str, value: Callable[[Result], float]) -> dict[int, list[float]]:
-        """Seed -> a value of each setting, over the seeds that have them all."""
-        if method not in self.methods:
+    def over_settings(self, method: str, value: Callable[[Result], float], *, like: str = "") -> dict[int, list[float]]:
+        """Seed -> a value of each setting, over the seeds that have them all.
+
+        Args:
+            method: whose results.
+            value: of a result.
+            like: another method: only settings that it was run with too.
+        """
+        if not {method, like or method} <= set(self.methods):
             return {}
-        runs = [self.of(method, setting) for setting in self.settings(method)]
+        shared = [x for x in self.settings(method) if not like or x in self.settings(like)]
+        runs = [self.of(method, setting) for setting in shared]
         return {seed: [value(run[seed]) for run in runs] for seed in runs[0] if all(seed in run for run in runs)}
 
 

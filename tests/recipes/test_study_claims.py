@@ -108,6 +108,14 @@ def test_a_setting_without_all_seeds_is_not_chosen():
     assert line_of(found, "dpo").setting["beta"] == 0.5 and line_of(found, "dpo").settings == 2
 
 
+def test_until_every_grid_is_run_methods_are_compared_at_the_middle_of_theirs():
+    config = study()
+    entries = [Entry(job, result(job.setting.get("beta", 0.5)), 1.0, 1.0) for job in list_jobs(config)]
+    whole, begun = Outcomes(config, entries), Outcomes(config, entries[:-1])
+    assert (whole.is_whole, begun.is_whole) == (True, False)
+    assert line_of(whole, "dpo").setting["beta"] == 1.0 and line_of(begun, "dpo").setting["beta"] == 0.5
+
+
 def test_wins_are_counted_prompt_by_prompt_within_a_seed():
     golds = {"sft": (0, 0, 0, 0), "dpo": (1, 1, 1, 1), "ipo": (2, 1, 0, 0)}
     found = outcomes(study(), lambda job: result(gold=1.0)._replace(gold=golds.get(job.method, (1, 1, 1, 1))))
