@@ -16,7 +16,15 @@ from palign.models.protocol import Params
 from palign.objectives.lora import BASE
 from palign.sharding.mesh import to_global
 from palign.sharding.processes import is_main, local_rows, notice_of_end
-from palign.train.build import Run, build, check_same_config, evaluate, trained_model
+from palign.train.build import (
+    Run,
+    build,
+    check_config,
+    check_same_config,
+    evaluate,
+    find_sources,
+    trained_model,
+)
 from palign.train.checkpoint import Checkpoints
 from palign.train.digest import digest
 from palign.train.lock import run_lock
@@ -59,6 +67,8 @@ def run(config: RunConfig, workdir: epath.Path) -> dict[str, float]:
         check_same_config(config, workdir)
         say(f"{workdir}: finished before, left as it is")
         return json.loads((workdir / FINISHED).read_text())["metrics"]
+    check_config(config)
+    find_sources(config, workdir)  # what cannot begin leaves no workdir behind
     with run_lock(workdir), notice_of_end() as told_to_stop:
         made, state = build(config, workdir)
         train = made.config.train
