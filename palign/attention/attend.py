@@ -1,4 +1,8 @@
-"""Attention over packed trees by block pairs, each device its own rows and heads."""
+"""Attention over packed trees by block pairs, each device its own rows, its piece of them, and its heads.
+
+Where rows are cut, each device has the queries of its piece and gathers the keys and values of its rows; their
+gradients are added up over the pieces. Once for a layer's forward pass, once for its backward pass.
+"""
 
 import functools
 import math
@@ -9,8 +13,18 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from palign.attention import pallas_gpu, pallas_tpu, xla
-from palign.attention.walk import Kernel, Scoring, Tokens
-from palign.sharding.mesh import HEADS, ROWS, SHARED, over_rows, tensor_size
+from palign.attention.walk import Ids, Kernel, Scoring, Tokens, own_queries
+from palign.sharding.mesh import (
+    HEADS,
+    ROWS,
+    SHARED,
+    context_index,
+    context_size,
+    gather_pieces,
+    over_rows,
+    scatter_pieces,
+    tensor_size,
+)
 
 SAVED = "attention"  # the name by which rematerialisation may keep what the backward pass reads
 
@@ -59,9 +73,11 @@ def attend(
         The attended values in `query`'s dtype; sums are accumulated in float32.
 
     Raises:
-        ValueError: the list's length is no causal bound, or the kernel does not take blocks or heads of these sizes.
+        ValueError: the list's length is no causal bound, the kernel does not take blocks or heads of these sizes, or
+            the mesh cuts rows into pieces that are no whole blocks.
     """
-    tokens = Tokens(position, group, branch, block_pairs)
+    ids = Ids(position, group, branch)
+    tokens = Tokens(ids, ids, block_pairs)
     static = (kernel, Scoring(scale, softcap))
     key, value = spread_key_heads(key), spread_key_heads(value)
     return _attend(static, query, key, value, tokens, jnp.asarray(window, jnp.int32))
@@ -81,7 +97,7 @@ def _attend(static, query, key, value, tokens, window):
 
 def _attend_forward(static, query, key, value, tokens, window):
     kernel, scoring = static
-    run = over_rows(functools.partial(kernel.forward, scoring), (*(HEADS,) * 3, ROWS, SHARED), HEADS)
+    run = over_rows(functools.partial(_forward_piece, kernel, scoring), (*(HEADS,) * 3, ROWS, SHARED), HEADS)
     output, lse = checkpoint_name(run(query, key, value, tokens, window), SAVED)
     return output, (query, key, value, tokens, window, output, lse)
 
@@ -89,7 +105,19 @@ def _attend_forward(static, query, key, value, tokens, window):
 def _attend_backward(static, saved, cotangent):
     kernel, scoring = static
     specs = (*(HEADS,) * 3, ROWS, SHARED, *(HEADS,) * 3)
-    return (*over_rows(functools.partial(kernel.backward, scoring), specs, HEADS)(*saved, cotangent), None, None)
+    run = over_rows(functools.partial(_backward_piece, kernel, scoring), specs, HEADS)
+    return (*run(*saved, cotangent), None, None)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _forward_piece(kernel, scoring, query, key, value, tokens, window):
+    tokens = own_queries(tokens, context_index(), context_size())
+    return kernel.forward(scoring, query, gather_pieces(key), gather_pieces(value), tokens, window)
+
+
+def _backward_piece(kernel, scoring, query, key, value, tokens, *saved):
+    tokens = own_queries(tokens, context_index(), context_size())
+    dquery, dkey, dvalue = kernel.backward(scoring, query, gather_pieces(key), gather_pieces(value), tokens, *saved)
+    return dquery, scatter_pieces(dkey), scatter_pieces(dvalue)

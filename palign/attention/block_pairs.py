@@ -75,6 +75,29 @@ def list_block_pairs(
     return np.concatenate([pairs, padding]).astype(np.int32)
 
 
+def deal_blocks(block_pairs: np.ndarray, blocks: int, pieces: int) -> np.ndarray:
+    """Deals the blocks of a row to devices so that attention costs each about the same.
+
+    A query block costs as many block pairs as it is in. The dearest is dealt first, each to the piece that has the
+    least and still has room.
+
+    Args:
+        block_pairs: [N, 2] of the row, as `list_block_pairs` makes it.
+        blocks: n, of the row.
+        pieces: C, divides n.
+
+    Returns:
+        [n] int, the row's blocks in their new order: piece after piece, n / C each, inside a piece as before.
+    """
+    cost = np.bincount(block_pairs[block_pairs[:, 1] >= 0, 0], minlength=blocks)
+    load, dealt = np.zeros(pieces), [[] for _ in range(pieces)]
+    for block in np.argsort(-cost, kind="stable"):
+        piece = int(np.argmin(load))
+        dealt[piece].append(block)
+        load[piece] = load[piece] + cost[block] if len(dealt[piece]) < blocks // pieces else np.inf
+    return np.sort(dealt, axis=1).reshape(-1)
+
+
 def tree_mask(group: np.ndarray, branch: np.ndarray, position: np.ndarray, window: int | None = None) -> np.ndarray:
     """Returns the dense rule, which tests hold everything else against.
 

@@ -38,7 +38,7 @@ def _forward(interpret, scoring, query, key, value, tokens, window):
     output, lse = _call(
         functools.partial(_forward_program, scoring),
         q.shape[2],
-        (_starts(walk.queries, walk), walk.keys, window, walk.ids),
+        (_starts(walk.queries, q, walk), walk.keys, window, walk.query_ids, walk.key_ids),
         [(_own(q), q), (shared(k), k), (shared(v), v)],
         [(_own(q), q), (_own(q[..., 0]), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32))],
         interpret,
@@ -56,7 +56,7 @@ def _backward(interpret, scoring, query, key, value, tokens, window, output, lse
     (dq,) = _call(
         functools.partial(_query_gradient_program, scoring),
         q.shape[2],
-        (_starts(walk.queries, walk), walk.keys, window, walk.ids),
+        (_starts(walk.queries, q, walk), walk.keys, window, walk.query_ids, walk.key_ids),
         [*((_own(x), x) for x in (q, dout, lse, delta)), (shared(k), k), (shared(v), v)],
         [(_own(q), q)],
         interpret,
@@ -66,7 +66,7 @@ def _backward(interpret, scoring, query, key, value, tokens, window, output, lse
     dk, dv = _call(
         functools.partial(_key_gradient_program, scoring),
         k.shape[2],
-        (_starts(walk.keys, walk), walk.queries, window, walk.ids),
+        (_starts(walk.keys, k, walk), walk.queries, window, walk.query_ids, walk.key_ids),
         [*((members(x), x) for x in (q, dout, lse, delta)), (_own(k), k), (_own(v), v)],
         [(_own(k), k), (_own(v), v)],
         interpret,
@@ -74,13 +74,13 @@ def _backward(interpret, scoring, query, key, value, tokens, window, output, lse
     return _from_blocks(dq, query), _from_blocks(dk, key), _from_blocks(dv, value)
 
 
-def _forward_program(scoring, starts, keys, window, ids, q, k, v, output, lse):
+def _forward_program(scoring, starts, keys, window, query_ids, key_ids, q, k, v, output, lse):
     own = pl.program_id(0)
-    queries, query_ids = q[...], _ids(ids, own)
+    queries, own_ids = q[...], _ids(query_ids, own)
 
     def visit(j, carry):
         summed, total, top_before = carry
-        allowed = _allowed(query_ids, _ids(ids, keys[j]), window)
+        allowed = _allowed(own_ids, _ids(key_ids, keys[j]), window)
         scores = jnp.where(allowed, scoring.scores(_product(queries, k[keys[j]].T)), NEVER)
         top = jnp.maximum(top_before, scores.max(axis=1))
         rescale = jnp.exp(top_before - top)
@@ -97,14 +97,14 @@ def _forward_program(scoring, starts, keys, window, ids, q, k, v, output, lse):
     lse[...] = jnp.where(seen, top + jnp.log(total), 0.0)
 
 
-def _query_gradient_program(scoring, starts, keys, window, ids, q, dout, lse, delta, k, v, dq):
+def _query_gradient_program(scoring, starts, keys, window, query_ids, key_ids, q, dout, lse, delta, k, v, dq):
     own = pl.program_id(0)
-    queries, cotangent, query_ids = q[...], dout[...], _ids(ids, own)
+    queries, cotangent, own_ids = q[...], dout[...], _ids(query_ids, own)
     statistics = lse[...][:, None], delta[...][:, None]
 
     def visit(j, summed):
         keys_now = k[keys[j]]
-        allowed = _allowed(query_ids, _ids(ids, keys[j]), window)
+        allowed = _allowed(own_ids, _ids(key_ids, keys[j]), window)
         products, dweights = _product(queries, keys_now.T), _product(cotangent, v[keys[j]].T)
         _, dproducts = scoring.pull_back(products, dweights, allowed, *statistics)
         return summed + _product(dproducts.astype(keys_now.dtype), keys_now)
@@ -113,15 +113,15 @@ def _query_gradient_program(scoring, starts, keys, window, ids, q, dout, lse, de
     dq[...] = jax.lax.fori_loop(starts[own], starts[own + 1], visit, start).astype(dq.dtype)
 
 
-def _key_gradient_program(scoring, starts, queries, window, ids, q, dout, lse, delta, k, v, dk, dv):
+def _key_gradient_program(scoring, starts, queries, window, query_ids, key_ids, q, dout, lse, delta, k, v, dk, dv):
     own, group = pl.program_id(0), q.shape[2]
-    keys, values, key_ids = k[...], v[...], _ids(ids, own)
+    keys, values, own_ids = k[...], v[...], _ids(key_ids, own)
 
     def visit(j, carry):
         dk_sum, dv_sum = carry
         block, head = queries[starts[own] + jax.lax.div(j, group)], jax.lax.rem(j, group)
         queries_now, cotangent = q[block, :, head], dout[block, :, head]
-        allowed = _allowed(_ids(ids, block), key_ids, window).T  # here scores are [key, query]
+        allowed = _allowed(_ids(query_ids, block), own_ids, window).T  # here scores are [key, query]
         products, dweights = _product(keys, queries_now.T), _product(values, cotangent.T)
         statistics = lse[block, :, head][None, :], delta[block, :, head][None, :]
         weights, dproducts = scoring.pull_back(products, dweights, allowed, *statistics)
@@ -136,9 +136,9 @@ def _key_gradient_program(scoring, starts, queries, window, ids, q, dout, lse, d
 
 
 def _call(program, heads, lists, inputs, outputs, interpret):
-    starts, listed, window, ids = lists
-    lists = (starts, listed, window.reshape(1), ids)
-    blocks, _, _, width = inputs[0][1].shape
+    starts, listed, window, *ids = lists
+    lists = (starts, listed, window.reshape(1), *ids)
+    blocks, _, _, width = outputs[0][1].shape
     return pl.pallas_call(
         program,
         grid=(blocks, heads),
@@ -175,10 +175,10 @@ def _whole(x, place, heads=None):
     return pl.BlockSpec(shape, lambda i, head: (0, 0, place(head)) + (0,) * (x.ndim - 3))
 
 
-def _starts(turns, walk):
-    """Where each block's run begins in a sorted list of the walk, and behind the last one where it ends."""
-    blocks = walk.ids.shape[0]
-    listed = jnp.where(jnp.arange(turns.size) < walk.num_pairs, turns, blocks)
+def _starts(turns, x, walk):
+    """Where the run of each block of `x` begins in a sorted list of the walk, and behind the last one where it ends."""
+    blocks = x.shape[0]
+    listed = jnp.where(walk.padding, blocks, turns)
     return jnp.searchsorted(listed, jnp.arange(blocks + 1)).astype(jnp.int32)
 
 
@@ -198,7 +198,7 @@ def _to_blocks(x, walk):
     """[R, T, H, D] -> [R * blocks, block, H, D], the width filled up to a power of two."""
     _, _, heads, width = x.shape
     fill = max(pl.next_power_of_2(width), BLOCKS[0]) - width
-    return jnp.pad(x.reshape(-1, walk.ids.shape[-1], heads, width), ((0, 0), (0, 0), (0, 0), (0, fill)))
+    return jnp.pad(x.reshape(-1, walk.block, heads, width), ((0, 0), (0, 0), (0, 0), (0, fill)))
 
 
 def _from_blocks(x, like):

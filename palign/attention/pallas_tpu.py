@@ -48,13 +48,13 @@ def _forward(interpret, scoring, query, key, value, tokens, window):
     if not interpret:
         _check(walk)
     q, k, v = (_heads_first(x) for x in (query, key, value))
-    (heads, total, width), block = q.shape, walk.ids.shape[-1]
+    (heads, total, width), block = q.shape, walk.block
     at = _blocks(block, width, group=heads // k.shape[0], members=1)
     output, lse = _call(
         functools.partial(_forward_step, scoring),
         (heads, walk.num_pairs, 1),
         (walk.queries, walk.keys, window),
-        [(at.query_ids, walk.ids), (at.key_ids, walk.ids), (at.query, q), (at.key, k), (at.key, v)],
+        [(at.query_ids, walk.query_ids), (at.key_ids, walk.key_ids), (at.query, q), (at.key, k), (at.key, v)],
         [(at.query, q), (at.statistic, jax.ShapeDtypeStruct((heads, 1, total), jnp.float32))],
         [(1, block), (1, block), (width, block)],
         interpret,
@@ -67,10 +67,10 @@ def _backward(interpret, scoring, query, key, value, tokens, window, output, lse
     walk = make_walk(tokens, tail=1)
     delta = jnp.sum(output.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)
     q, k, v, dout, lse, delta = (_heads_first(x) for x in (query, key, value, cotangent, lse, delta))
-    heads, key_heads, width, block = q.shape[0], k.shape[0], q.shape[-1], walk.ids.shape[-1]
+    heads, key_heads, width, block = q.shape[0], k.shape[0], q.shape[-1], walk.block
 
     def call(step, walk, grid_heads, at, outputs, scratch):
-        inputs = [(at.query_ids, walk.ids), (at.key_ids, walk.ids), (at.query, q), (at.key, k), (at.key, v)]
+        inputs = [(at.query_ids, walk.query_ids), (at.key_ids, walk.key_ids), (at.query, q), (at.key, k), (at.key, v)]
         inputs += [(at.query, dout), (at.statistic, lse[:, None]), (at.statistic, delta[:, None])]
         grid, lists = (grid_heads, walk.num_pairs, heads // grid_heads), (walk.queries, walk.keys, window)
         return _call(functools.partial(step, scoring), grid, lists, inputs, outputs, scratch, interpret)
@@ -81,11 +81,12 @@ def _backward(interpret, scoring, query, key, value, tokens, window, output, lse
     at = _blocks(block, width, group, members=group)
     outputs = [(at.key, k), (at.key, v)]
     dk, dv = call(_key_gradient_step, sort_by_key(walk), key_heads, at, outputs, [(block, width)] * 2)
+    dk, dv = (_where_listed(x, walk) for x in (dk, dv))
     return tuple(_heads_last(x, query.shape[0]) for x in (dq, dk, dv))
 
 
 def _check(walk):
-    block, pairs = walk.ids.shape[-1], walk.keys.size - 1
+    block, pairs = walk.block, walk.keys.size - 1
     if block % LANES:
         raise ValueError(
             f"config.data.block = {block}: attention's TPU kernel takes multiples of {LANES}; use {4 * LANES}, or "
@@ -216,6 +217,13 @@ def _allowed(query_ids, key_ids, window):
 
 def _product(x, y, x_axis, y_axis):
     return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _where_listed(x, walk):
+    """`x [J, tokens, D]` of the keys, zero in blocks that no pair names: nothing was written there."""
+    blocks = walk.key_ids.shape[0]
+    listed = jnp.zeros(blocks, bool).at[jnp.where(walk.padding, blocks, walk.keys)].set(True, mode="drop")
+    return jnp.where(jnp.repeat(listed, walk.block)[None, :, None], x, 0)
 
 
 def _heads_first(x):

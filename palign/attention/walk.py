@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -41,35 +42,79 @@ class Scoring(NamedTuple):
         return weights, dscores * self.scale
 
 
-class Tokens(NamedTuple):
-    """The rows' ids, and the pairs that the rule touches."""
+class Ids(NamedTuple):
+    """Where tokens stand in their trees."""
 
     position: Array  # [R, T]
     group: Array  # [R, T]
     branch: Array  # [R, T]
-    block_pairs: Array  # [R, N, 2]
+
+
+class Tokens(NamedTuple):
+    """Queries and keys of the rows, and the pairs of their blocks that the rule touches."""
+
+    query: Ids  # of the rows, or of one piece of each
+    key: Ids  # of the rows
+    block_pairs: Array  # [R, N, 2]; what is not listed has a negative key block
 
 
 class Walk(NamedTuple):
     """One device's rows as one list of block pairs, blocks counted through the rows."""
 
-    ids: Array  # [n, 3, block] position, group, branch
-    queries: Array  # [R * N + tail] in rising order, padding last
+    query_ids: Array  # [n, 3, block] position, group, branch
+    key_ids: Array  # [m, 3, block]
+    queries: Array  # [pairs + tail] in rising order, padding last
     keys: Array
     num_pairs: Array  # []
 
+    @property
+    def block(self) -> int:
+        """Tokens in a block."""
+        return self.key_ids.shape[-1]
+
+    @property
+    def padding(self) -> Array:
+        """Which entries of the list are none."""
+        return jnp.arange(self.keys.size) >= self.num_pairs
+
 
 class Kernel(NamedTuple):
-    """A form of attention, as functions of one device's rows and heads.
+    """A form of attention, as functions of one device's rows and heads: all their keys, all queries or a piece of them.
 
     Attributes:
         forward: `(scoring, query, key, value, tokens, window) -> (output, lse)`. What the log-sum-exp looks like is the
-            form's own business, but rows are its first axis and heads (or key heads) its third.
+            form's own business, but rows are its first axis, tokens (or blocks) its second and heads (or key heads) its
+            third.
         backward: `(scoring, query, key, value, tokens, window, output, lse, cotangent) -> (dquery, dkey, dvalue)`.
     """
 
     forward: Callable[..., tuple[Array, Array]]
     backward: Callable[..., tuple[Array, Array, Array]]
+
+
+def own_queries(tokens: Tokens, piece: Array, pieces: int) -> Tokens:
+    """Of whole rows, the queries of one piece, and the pairs that they are in.
+
+    Args:
+        tokens: the queries are all tokens of the rows.
+        piece: which, from 0.
+        pieces: equal ones that a row is cut into, each of whole blocks.
+
+    Raises:
+        ValueError: the row's blocks cannot be shared evenly.
+    """
+    length = tokens.key.position.shape[1]
+    blocks = length // block_size(length, tokens.block_pairs.shape[1])
+    if blocks % pieces:
+        raise ValueError(
+            f"attend: rows of {blocks} blocks cannot be cut into {pieces} pieces (config.mesh.context) of whole blocks; "
+            "make them a multiple"
+        )
+    size, blocks = length // pieces, blocks // pieces
+    query = Ids(*(jax.lax.dynamic_slice_in_dim(x, piece * size, size, axis=1) for x in tokens.query))
+    queries, keys = jnp.moveaxis(tokens.block_pairs, -1, 0)
+    holder, queries = jnp.divmod(queries, blocks)
+    return Tokens(query, tokens.key, jnp.stack([queries, jnp.where(holder == piece, keys, -1)], axis=-1))
 
 
 def make_walk(tokens: Tokens, *, tail: int) -> Walk:
@@ -82,21 +127,23 @@ def make_walk(tokens: Tokens, *, tail: int) -> Walk:
     Raises:
         ValueError: the list's length is no causal bound.
     """
-    rows, length = tokens.position.shape
-    block = block_size(length, tokens.block_pairs.shape[1])
-    blocks = length // block
-    ids = jnp.stack([x.reshape(rows * blocks, block) for x in tokens[:3]], axis=1)
+    rows, length = tokens.key.position.shape
+    capacity = tokens.block_pairs.shape[1]
+    block = block_size(length, capacity)
+    ids = [jnp.stack([x.reshape(-1, block) for x in side], axis=1) for side in (tokens.query, tokens.key)]
+    blocks = [side.shape[0] // rows for side in ids]
     listed = (tokens.block_pairs[..., 1] >= 0).reshape(-1)
-    flat = (tokens.block_pairs + blocks * jnp.arange(rows, dtype=jnp.int32)[:, None, None]).reshape(-1, 2)
-    place = jnp.where(listed, jnp.cumsum(listed) - 1, listed.size + tail)
-    queries, keys = jnp.zeros((2, listed.size + tail), jnp.int32).at[:, place].set(flat.T, mode="drop")
-    return Walk(ids, queries, keys, listed.sum())
+    first = jnp.arange(rows, dtype=jnp.int32)[:, None] * jnp.array([blocks], jnp.int32)
+    flat = (tokens.block_pairs + first[:, None]).reshape(-1, 2)
+    size = rows * min(capacity, math.prod(blocks)) + tail  # a piece of a row has fewer pairs than the row
+    place = jnp.where(listed, jnp.cumsum(listed) - 1, size)
+    queries, keys = jnp.zeros((2, size), jnp.int32).at[:, place].set(flat.T, mode="drop")
+    return Walk(*ids, queries, keys, listed.sum())
 
 
 def sort_by_key(walk: Walk) -> Walk:
     """The same pairs sorted by key block, then query block."""
-    padding = jnp.arange(walk.keys.size) >= walk.num_pairs
-    order = jnp.argsort(jnp.where(padding, walk.ids.shape[0], walk.keys), stable=True)
+    order = jnp.argsort(jnp.where(walk.padding, walk.key_ids.shape[0], walk.keys), stable=True)
     return walk._replace(queries=walk.queries[order], keys=walk.keys[order])
 
 

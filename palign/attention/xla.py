@@ -27,9 +27,9 @@ def kernel(chunk: int = 16) -> Kernel:
 
 
 def _forward(chunk, scoring, query, key, value, tokens, window):
-    rows, length, heads, _ = query.shape
+    rows, length, heads, _ = query.shape  # keys and values are of whole rows, queries perhaps of a piece
     walk = make_walk(tokens, tail=chunk)
-    block = walk.ids.shape[-1]
+    block = walk.block
     q, k, v = (_to_blocks(x, block, key.shape[2]) for x in (query, key, value))
 
     def visit(i, carry):
@@ -58,9 +58,8 @@ def _forward(chunk, scoring, query, key, value, tokens, window):
 
 
 def _backward(chunk, scoring, query, key, value, tokens, window, output, lse, cotangent):
-    rows, length = query.shape[:2]
     walk = make_walk(tokens, tail=chunk)
-    block = walk.ids.shape[-1]
+    block = walk.block
     q, k, v, out, dout = (_to_blocks(x, block, key.shape[2]) for x in (query, key, value, output, cotangent))
     lse = lse.reshape(q.shape[:3])
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
@@ -82,7 +81,7 @@ def _backward(chunk, scoring, query, key, value, tokens, window, output, lse, co
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     gradients = jax.lax.fori_loop(0, _trips(chunk, walk), visit, start)
     return tuple(
-        _from_blocks(gradient, rows, length, x.shape[2]).astype(x.dtype)
+        _from_blocks(gradient, *x.shape[:3]).astype(x.dtype)
         for gradient, x in zip(gradients, (query, key, value), strict=True)
     )
 
@@ -96,8 +95,8 @@ def _chunk(chunk, walk, i, window, groups):
     queries, keys = (jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk) for x in (walk.queries, walk.keys))
     live = i * chunk + jnp.arange(chunk) < walk.num_pairs
     first = jnp.concatenate([jnp.ones(1, bool), queries[1:] != queries[:-1]])
-    query_ids = tuple(walk.ids[queries, j][:, :, None] for j in range(3))
-    key_ids = tuple(walk.ids[keys, j][:, None, :] for j in range(3))
+    query_ids = tuple(walk.query_ids[queries, j][:, :, None] for j in range(3))
+    key_ids = tuple(walk.key_ids[keys, j][:, None, :] for j in range(3))
     allowed = visible(query_ids, key_ids, window) & live[:, None, None]
     allowed = jnp.tile(allowed, (1, groups, 1))[:, None]  # every query head of a key head, stacked along the queries
     return queries, keys, first[:, None, None], allowed

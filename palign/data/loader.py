@@ -8,6 +8,7 @@ import grain
 import numpy as np
 
 from palign.data.pack import RowShape, join_targets, pack_row, stack_rows
+from palign.data.pieces import in_pieces
 from palign.data.plan import Plan, plan_evaluation, row_needs
 from palign.data.tokenize import TokenTree
 from palign.types import Batch
@@ -28,6 +29,7 @@ class Dataset:
         weights: each tree's importance, or None.
         hidden: role of a frozen model -> for each tree and response its hidden states at the targets, `[tokens, D]`,
             or None.
+        pieces: into how many pieces devices cut a row; what a row means does not depend on it.
     """
 
     trees: Sequence[TokenTree]
@@ -39,6 +41,7 @@ class Dataset:
     reference_logps: Sequence[Sequence[np.ndarray]] | None = None
     weights: Sequence[float] | None = None
     hidden: Mapping[str, Sequence[Sequence[np.ndarray]]] | None = None
+    pieces: int = 1
 
     @property
     def num_steps(self) -> int:
@@ -60,10 +63,11 @@ class Dataset:
         def joined(cached: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
             return join_targets(row, [cached[i] for i in members], like=cached[0][0])
 
-        return row._replace(
+        row = row._replace(
             reference_logps=None if self.reference_logps is None else joined(self.reference_logps),
             hidden=None if self.hidden is None else {role: joined(cached) for role, cached in self.hidden.items()},
         )
+        return in_pieces(row, self.shape.block, self.pieces)
 
     def step_batch(self, step: int, *, micro_batches: int, rows: slice = slice(None)) -> Batch:
         """Returns the batch of a step, a pure function of the step.

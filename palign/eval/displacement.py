@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from palign.losses.checks import as_float, check_mask, check_pairs
-from palign.sharding.mesh import ROWS, over_rows
+from palign.sharding.mesh import ROWS, TOKENS, over_rows, own_columns, sum_over_pieces
 from palign.types import Batch
 
 
@@ -181,10 +181,11 @@ def hidden_sums_by_slot(hidden: Float[Array, "R T D"], batch: Batch) -> Float[Ar
     slots = 1 + batch.valid.shape[1] * batch.valid.shape[2]
 
     def sum_row(hidden, source, slot):
-        predicting = jnp.where((slot > 0)[:, None], hidden[source].astype(jnp.float32), 0.0)
+        own, place = own_columns(source, hidden.shape[0])
+        predicting = jnp.where((own & (slot > 0))[:, None], hidden[place].astype(jnp.float32), 0.0)
         return jax.ops.segment_sum(predicting, slot, num_segments=slots)
 
-    rows = over_rows(jax.vmap(sum_row), (ROWS, ROWS, ROWS), ROWS)
+    rows = over_rows(lambda *arrays: sum_over_pieces(jax.vmap(sum_row)(*arrays)), (TOKENS, ROWS, ROWS), ROWS)
     return rows(jax.lax.stop_gradient(hidden), batch.target_source, batch.target_slot)
 
 

@@ -10,14 +10,16 @@ import jax.numpy as jnp
 from palign.heads.targets import (
     AnyTower,
     Gradients,
+    Operands,
     Tower,
     empty_values,
     make_walk,
+    operand_specs,
     pack_arguments,
     read_chunk,
     trips,
 )
-from palign.sharding.mesh import ROWS, SHARED, over_rows, sum_over_rows
+from palign.sharding.mesh import ROWS, SHARED, over_rows, sum_over_pieces, sum_over_rows
 from palign.types import Array, Batch
 
 
@@ -76,7 +78,7 @@ def values_at_targets(token: Array, logits: Array) -> TokenValues:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _target_values(static, operands, kernels):
-    return over_rows(functools.partial(_forward_rows, static), (ROWS, SHARED), ROWS)(operands, kernels)
+    return over_rows(functools.partial(_forward_rows, static), (operand_specs(static), SHARED), ROWS)(operands, kernels)
 
 
 def _target_values_forward(static, operands, kernels):
@@ -84,11 +86,11 @@ def _target_values_forward(static, operands, kernels):
 
 
 def _target_values_backward(static, saved, cotangent):
-    run = over_rows(functools.partial(_backward_rows, static), (ROWS, SHARED, ROWS), (ROWS, SHARED))
+    specs = operand_specs(static)
+    run = over_rows(functools.partial(_backward_rows, static), (specs, SHARED, ROWS), (static.places[0], SHARED))
     dhidden, dkernel = run(*saved, cotangent)
-    operands, kernels = saved
-    frozen = (None,) * (len(kernels) - 1)
-    return operands._replace(column=None, token=None, slot=None, hidden=(dhidden, *frozen)), (dkernel, *frozen)
+    frozen = (None,) * (len(static.places) - 1)
+    return Operands(None, None, None, (dhidden, *frozen)), (dkernel, *frozen)
 
 
 _target_values.defvjp(_target_values_forward, _target_values_backward)
@@ -102,7 +104,7 @@ def _forward_rows(static, operands, kernels):
         return jax.tree.map(lambda o, v: o.at[chunk.index].set(v, mode="drop"), out, chunk.values(chunk.raw))
 
     out = jax.lax.fori_loop(0, trips(static, walk), visit, empty_values(static, walk, kernels))
-    return jax.tree.map(lambda x: x.reshape(operands.slot.shape), out)
+    return sum_over_pieces(jax.tree.map(lambda x: x.reshape(operands.slot.shape), out))
 
 
 def _backward_rows(static, operands, kernels, cotangent):
@@ -116,6 +118,4 @@ def _backward_rows(static, operands, kernels, cotangent):
         return gradients.add(walk, kernels, chunk, dlogits)
 
     gradients = jax.lax.fori_loop(0, trips(static, walk), visit, Gradients.zeros(walk, kernels))
-    hidden = operands.hidden[0]
-    dkernel = sum_over_rows(gradients.kernel).astype(kernels[0].dtype)
-    return gradients.hidden.reshape(hidden.shape).astype(hidden.dtype), dkernel
+    return gradients.of_hidden(static, operands), sum_over_rows(gradients.kernel).astype(kernels[0].dtype)

@@ -1,7 +1,9 @@
 """Walking a batch's targets in chunks: the part that both heads share.
 
 Only listed targets are visited: the rows of a device are put into one list, padding last, and the loops run
-ceil(count / chunk) times. Logits exist for one chunk at a time; nothing of R * T * V elements is ever formed.
+ceil(count / chunk) times. Logits exist for one chunk at a time; nothing of R * T * V elements is ever formed. Where
+the tokens of a row are cut over devices, the table of targets is not: each device visits the targets whose hidden state
+it holds, and what is said of them, a number each, is added up.
 
 On a mesh with a tensor axis kernels and logits are cut along the vocabulary. What is said of a target stays a function
 of its whole row of logits: the compiler turns each reduction over the vocabulary into one over the device's part and an
@@ -13,8 +15,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from palign.sharding.mesh import ROWS, TENSOR_AXIS, over_rows, over_tensor, tensor_size
+from palign.sharding.mesh import (
+    ROWS,
+    TENSOR_AXIS,
+    TOKENS,
+    context_size,
+    over_rows,
+    over_tensor,
+    own_columns,
+    sum_over_pieces,
+    tensor_size,
+)
 from palign.types import Array, Batch, Unembedding
 
 PADDED_LOGIT = -1e30  # of vocabulary entries that are padding: finite, so that differences are 0 and not NaN
@@ -45,6 +58,8 @@ class Static(NamedTuple):
 
     function: Callable
     softcaps: tuple[float | None, ...]
+    places: tuple[P, ...]  # of the towers' hidden states: `TOKENS`, or `ROWS` where they are those of the targets
+    piece: int  # tokens of a row that one device holds
     vocab_size: int
     chunk: int
 
@@ -52,7 +67,7 @@ class Static(NamedTuple):
 class Operands(NamedTuple):
     """Arrays of one device: rows of targets, and every tower's hidden states; kernels travel apart."""
 
-    column: tuple[Array, ...]  # towers of [R, M]: where in its row a target's hidden state is
+    source: Array  # [R, M] the column of its row where a target's hidden state is
     token: Array  # [R, M]
     slot: Array  # [R, M]
     hidden: tuple[Array, ...]  # towers of [R, T, D] or [R, M, D]
@@ -70,8 +85,14 @@ class Walk(NamedTuple):
 
 def at_targets(tower: Tower, batch: Batch) -> TargetTower:
     """Keeps a model's hidden states at the targets only."""
-    pick = over_rows(jax.vmap(lambda hidden, source: hidden[source]), (ROWS, ROWS), ROWS)
-    return TargetTower(pick(tower.hidden, batch.target_source), tower.unembedding)
+
+    def pick(hidden, source):
+        own, place = own_columns(source, hidden.shape[1])
+        found = jax.vmap(lambda states, at: states[at])(hidden, place)
+        return sum_over_pieces(jnp.where(own[..., None], found, 0))
+
+    hidden = over_rows(pick, (TOKENS, ROWS), ROWS)(tower.hidden, batch.target_source)
+    return TargetTower(hidden, tower.unembedding)
 
 
 def pack_arguments(
@@ -89,7 +110,8 @@ def pack_arguments(
             f"heads: models with vocabularies of {sorted(sizes)} tokens meet at one target; they must share a "
             "tokenizer. Convert them with the same vocabulary first."
         )
-    static = Static(function, tuple(t.unembedding.softcap for t in towers), sizes.pop(), chunk)
+    softcaps, places = tuple(t.unembedding.softcap for t in towers), tuple(_place(t, batch) for t in towers)
+    static = Static(function, softcaps, places, batch.token.shape[1] // context_size(), sizes.pop(), chunk)
     hidden = (towers[0].hidden, *(jax.lax.stop_gradient(t.hidden) for t in towers[1:]))
     kernels = (
         towers[0].unembedding.kernel,
@@ -97,8 +119,12 @@ def pack_arguments(
     )
     for kernel in kernels:
         _check_divides(kernel.shape[-1])
-    columns = tuple(_columns(tower, batch) for tower in towers)
-    return static, Operands(columns, batch.target_token, batch.target_slot, hidden), kernels
+    return static, Operands(batch.target_source, batch.target_token, batch.target_slot, hidden), kernels
+
+
+def operand_specs(static: Static) -> Operands:
+    """How operands are cut over devices, for `over_rows`."""
+    return Operands(ROWS, ROWS, ROWS, static.places)
 
 
 def _check_divides(vocabulary: int) -> None:
@@ -110,25 +136,27 @@ def _check_divides(vocabulary: int) -> None:
         )
 
 
-def _columns(tower: AnyTower, batch: Batch) -> Array:
+def _place(tower: AnyTower, batch: Batch) -> P:
     if isinstance(tower, Tower):
-        return batch.target_source
+        return TOKENS
     if tower.hidden.shape[:2] != batch.target_slot.shape:
         raise ValueError(
             f"heads: cached hidden states are {list(tower.hidden.shape)}, the batch's target table is "
             f"{list(batch.target_slot.shape)}; expected [R, M, D], one state for every entry of the table"
         )
-    return jnp.broadcast_to(jnp.arange(batch.target_slot.shape[1], dtype=jnp.int32)[None], batch.target_slot.shape)
+    return ROWS
 
 
 def make_walk(static: Static, operands: Operands) -> Walk:
     """Flattens the rows of one device into one list of targets, padding last."""
-    listed = (operands.slot > 0).reshape(-1)
+    own, column = own_columns(operands.source, static.piece)
+    listed = (own & (operands.slot > 0)).reshape(-1)
     place = jnp.where(listed, jnp.cumsum(listed) - 1, listed.size + static.chunk)
     # Padding of the last chunk reads a listed target again, never what stands where nothing is listed.
     order = jnp.full(listed.size + static.chunk, jnp.argmax(listed), jnp.int32)
     order = order.at[place].set(jnp.arange(listed.size, dtype=jnp.int32), mode="drop")
-    source = tuple(_flat(column, x.shape[1]) for column, x in zip(operands.column, operands.hidden, strict=True))
+    column, every = _flat(column, static.piece), jnp.arange(listed.size, dtype=jnp.int32)
+    source = tuple(column if spec == TOKENS else every for spec in static.places)
     hidden = tuple(x.reshape(-1, x.shape[-1]) for x in operands.hidden)
     return Walk(order, listed.sum(), source, operands.token.reshape(-1), hidden)
 
@@ -212,3 +240,9 @@ class Gradients(NamedTuple):
         dhidden = jnp.matmul(dlogits, kernel.T, preferred_element_type=jnp.float32)
         dkernel = jnp.matmul(rows.T, dlogits, preferred_element_type=jnp.float32)
         return Gradients(self.hidden.at[chunk.source].add(dhidden), self.kernel + dkernel)
+
+    def of_hidden(self, static: Static, operands: Operands) -> Array:
+        """The gradient of the first tower's hidden states, as they lie on the device."""
+        like, total = operands.hidden[0], self.hidden
+        total = total if static.places[0] == TOKENS else sum_over_pieces(total)
+        return total.reshape(like.shape).astype(like.dtype)

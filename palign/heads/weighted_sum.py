@@ -17,11 +17,12 @@ from palign.heads.targets import (
     Operands,
     empty_values,
     make_walk,
+    operand_specs,
     pack_arguments,
     read_chunk,
     trips,
 )
-from palign.sharding.mesh import ROWS, SHARED, over_rows, sum_over_rows
+from palign.sharding.mesh import ROWS, SHARED, over_rows, sum_over_pieces, sum_over_rows
 from palign.types import Array, Batch
 
 
@@ -49,14 +50,13 @@ def weighted_sum(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weighted_sum(static, operands, kernels, weights):
-    run = over_rows(functools.partial(_value_rows, static), (ROWS, SHARED, ROWS), (SHARED, ROWS))
+    run = over_rows(functools.partial(_value_rows, static), (operand_specs(static), SHARED, ROWS), (SHARED, ROWS))
     return run(operands, kernels, weights)
 
 
 def _weighted_sum_forward(static, operands, kernels, weights):
-    run = over_rows(
-        functools.partial(_value_and_gradient_rows, static), (ROWS, SHARED, ROWS), (SHARED, ROWS, ROWS, SHARED)
-    )
+    specs, results = (operand_specs(static), SHARED, ROWS), (SHARED, ROWS, static.places[0], SHARED)
+    run = over_rows(functools.partial(_value_and_gradient_rows, static), specs, results)
     total, values, dhidden, dkernel = run(operands, kernels, weights)
     return (total, values), (dhidden, dkernel, len(kernels) - 1)
 
@@ -95,8 +95,7 @@ def _value_and_gradient_rows(static, operands, kernels, weights):
 
     start = (empty_values(static, walk, kernels), Gradients.zeros(walk, kernels))
     out, gradients = jax.lax.fori_loop(0, trips(static, walk), visit, start)
-    hidden = operands.hidden[0]
-    dhidden = gradients.hidden.reshape(hidden.shape).astype(hidden.dtype)
+    dhidden = gradients.of_hidden(static, operands)
     return (*_finish(out, operands, weights), dhidden, sum_over_rows(gradients.kernel).astype(kernels[0].dtype))
 
 
@@ -107,4 +106,4 @@ def _store(out, chunk, values):
 def _finish(out, operands, weights):
     out = jax.tree.map(lambda x: x.reshape(operands.slot.shape), out)
     total = jnp.sum(jnp.where(operands.slot > 0, weights * out[0], 0.0))
-    return sum_over_rows(total), out
+    return sum_over_rows(total), sum_over_pieces(out)

@@ -22,6 +22,7 @@ from palign.models.config import LayerTables, compute_dtype, layer_tables, padde
 from palign.models.layers import Block, RMSNorm
 from palign.models.protocol import Cache, LanguageModel, Params
 from palign.models.value_head import add_value_head
+from palign.sharding.mesh import context_size
 from palign.sharding.rules import in_use
 from palign.types import Batch, Unembedding
 
@@ -189,7 +190,8 @@ def _make_language_model(config, attention):
 
 def _prefill(config, run, params, token, length, *, samples, capacity):
     B, P = token.shape
-    padded = -(-P // PREFILL_BLOCK) * PREFILL_BLOCK
+    multiple = PREFILL_BLOCK * context_size()  # devices that share a row have whole blocks
+    padded = -(-P // multiple) * multiple
     token = jnp.pad(token, ((0, 0), (0, padded - P)))
     place = np.arange(padded, dtype=np.int32)
     causal = list_block_pairs(np.ones_like(place), np.zeros_like(place), place, PREFILL_BLOCK)

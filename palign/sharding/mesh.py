@@ -4,9 +4,14 @@ Rows of a batch are spread over the axes in `ROW_AXES`. Attention and the heads 
 automatic partitioning turns into collectives over whole activations, so they run under `over_rows` instead: each device
 sees its rows only, and what must be added up across devices is added with `sum_over_rows`.
 
-A mesh may have one more axis, `TENSOR_AXIS`, over which single arrays are cut. Attention sees its own heads only
-(`HEADS`). For the heads of the vocabulary the axis stays automatic, inside `over_rows` too: what is cut along it is
-said with `over_tensor`, and the compiler adds the collectives.
+A mesh may have two more axes. Over `CONTEXT_AXIS` the tokens of a row are cut into pieces (`TOKENS`): what one token
+has of its own is computed by the device that holds it, attention gathers keys and values, and the heads of the
+vocabulary leave every target to the device that holds the hidden state which predicts it. What says where tokens stand
+and which targets there are is small, and whole on every device of the axis.
+
+Over `TENSOR_AXIS` single arrays are cut. Attention sees its own heads only (`HEADS`). For the heads of the vocabulary
+the axis stays automatic, inside `over_rows` too: what is cut along it is said with `over_tensor`, and the compiler adds
+the collectives.
 """
 
 import math
@@ -14,15 +19,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 ROW_AXES = ("data", "fsdp")
+CONTEXT_AXIS = "context"
 TENSOR_AXIS = "tensor"
 ROWS = P(ROW_AXES)
-HEADS = P(ROW_AXES, None, TENSOR_AXIS)  # of arrays whose third dimension is the attention heads
+TOKENS = P(ROW_AXES, CONTEXT_AXIS)  # of arrays whose second dimension is a row's tokens
+HEADS = P(ROW_AXES, CONTEXT_AXIS, TENSOR_AXIS)  # and whose third is the attention heads
 SHARED = P()
 
 
@@ -36,7 +44,7 @@ def make_mesh(
     dcn_fsdp: int = 1,
     devices: list[jax.Device] | None = None,
 ) -> Mesh:
-    """Builds a mesh with axes `data` and `fsdp`, and `tensor` where it is more than 1.
+    """Builds a mesh with axes `data` and `fsdp`, and `context` and `tensor` where they are more than 1.
 
     One of the axes may be -1 and takes all devices that the others leave. Neighbours along the last axes have the
     fastest links: the devices' order follows the machine's topology (`jax.experimental.mesh_utils`).
@@ -44,7 +52,7 @@ def make_mesh(
     Args:
         data: copies of the weights.
         fsdp: over how many devices each copy is cut, to be gathered layer by layer.
-        context: over how many devices a row is cut; only 1 so far.
+        context: over how many devices the tokens of a row are cut.
         tensor: over how many devices heads, the feed-forward width and the vocabulary are cut.
         dcn_data: how many slices (groups of devices with fast links inside) `data` spans.
         dcn_fsdp: how many slices `fsdp` spans.
@@ -54,9 +62,7 @@ def make_mesh(
         ValueError: the axes do not multiply to the number of devices, or do not span its slices.
     """
     devices = jax.devices() if devices is None else devices
-    if context != 1:
-        raise ValueError(f"config.mesh.context = {context}: rows cannot be cut over devices yet; use 1")
-    sizes = _infer_sizes({"data": data, "fsdp": fsdp, TENSOR_AXIS: tensor}, len(devices))
+    sizes = _infer_sizes({"data": data, "fsdp": fsdp, CONTEXT_AXIS: context, TENSOR_AXIS: tensor}, len(devices))
     shape = {name: size for name, size in sizes.items() if name in ROW_AXES or size > 1}
     grid = _arrange(shape, {"data": dcn_data, "fsdp": dcn_fsdp}, devices)
     # Auto axes: the default (Explicit) turns with_sharding_constraint into an assertion.
@@ -123,14 +129,14 @@ def in_mesh() -> bool:
 def over_rows(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
     """Runs `function` on each device's own rows; without a mesh it is `function` itself.
 
-    Axes of the mesh that no spec names stay automatic inside it: the compiler spreads the work over them as shardings
-    say.
+    A tensor axis that no spec names stays automatic inside it: the compiler spreads the work over it as shardings say.
 
     Args:
-        function: pure, sees the local rows of the arguments marked `ROWS`, of those marked `HEADS` the local heads of
-            its rows, and the whole of those marked `SHARED`.
-        in_specs: `ROWS`, `HEADS` or `SHARED` per argument (a prefix of its tree).
-        out_specs: the same for the results; a `SHARED` result must be equal on all devices (`sum_over_rows`).
+        function: pure, sees the local rows of the arguments marked `ROWS`, of those marked `TOKENS` its piece of these
+            rows, of those marked `HEADS` the local heads of its piece, and the whole of those marked `SHARED`.
+        in_specs: `ROWS`, `TOKENS`, `HEADS` or `SHARED` per argument (a prefix of its tree).
+        out_specs: the same for the results; a `SHARED` result must be equal on all devices (`sum_over_rows`), and one
+            marked `ROWS` on all that hold pieces of a row (`sum_over_pieces`).
     """
     if not in_mesh():
         return function
@@ -142,17 +148,51 @@ def over_rows(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
 
     specs = in_specs, out_specs = jax.tree.map(present, (in_specs, out_specs), is_leaf=leaf)
     named = {axis for spec in jax.tree.leaves(specs, is_leaf=leaf) for axis in spec if isinstance(axis, str)}
+    manual = {*ROW_AXES, *named} | ({CONTEXT_AXIS} & set(names))
     # Never differentiated through (its callers are custom_vjp), so the replication check buys nothing.
-    return jax.shard_map(
-        function, in_specs=in_specs, out_specs=out_specs, axis_names={*ROW_AXES, *named}, check_vma=False
-    )
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=manual, check_vma=False)
 
 
 def sum_over_rows(tree: Any) -> Any:
-    """Adds values over the devices that hold rows; call it inside `over_rows`."""
+    """Adds values over the devices that hold rows or pieces of them; call it inside `over_rows`."""
     mesh = jax.sharding.get_abstract_mesh()
     # A sum over one device beside an automatic axis is refused by XLA's partitioner (jax 0.10).
-    return jax.lax.psum(tree, ROW_AXES) if not mesh.empty and num_row_shards(mesh) > 1 else tree
+    rows = jax.lax.psum(tree, ROW_AXES) if not mesh.empty and num_row_shards(mesh) > 1 else tree
+    return sum_over_pieces(rows)
+
+
+def context_size() -> int:
+    """Into how many pieces the tokens of a row are cut."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get(CONTEXT_AXIS, 1)
+
+
+def context_index() -> jax.Array:
+    """Which piece of its rows a device holds, from 0; call it inside `over_rows`."""
+    return jax.lax.axis_index(CONTEXT_AXIS) if context_size() > 1 else jnp.int32(0)
+
+
+def own_columns(columns: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+    """Which columns of a row lie in the device's piece of `length`, and where in it; call it inside `over_rows`."""
+    piece, place = jnp.divmod(columns, length)
+    return piece == context_index(), place
+
+
+def gather_pieces(array: jax.Array) -> jax.Array:
+    """Puts rows together from their pieces, `[R, T / pieces, ...] -> [R, T, ...]`; call it inside `over_rows`."""
+    return jax.lax.all_gather(array, CONTEXT_AXIS, axis=1, tiled=True) if context_size() > 1 else array
+
+
+def scatter_pieces(array: jax.Array) -> jax.Array:
+    """Adds whole rows up, in float32, and keeps the device's piece: the transpose of `gather_pieces`."""
+    if context_size() == 1:
+        return array
+    total = jax.lax.psum_scatter(array.astype(jnp.float32), CONTEXT_AXIS, scatter_dimension=1, tiled=True)
+    return total.astype(array.dtype)
+
+
+def sum_over_pieces(tree: Any) -> Any:
+    """Adds values over the devices that hold pieces of a row; call it inside `over_rows`."""
+    return jax.lax.psum(tree, CONTEXT_AXIS) if context_size() > 1 else tree
 
 
 def tensor_size() -> int:

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from palign.sharding.mesh import ROW_AXES, TENSOR_AXIS
+from palign.sharding.mesh import CONTEXT_AXIS, ROW_AXES, TENSOR_AXIS
 
 # Path (a full match) -> the logical axis of every dimension. Exactly one rule must match.
 PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -51,7 +51,11 @@ MESH_AXES: dict[str, str] = {
 WHOLE_IF_INDIVISIBLE = {"key_heads"}  # they may be fewer than the devices: then each device has them all
 
 # Letter of an einsum -> the mesh axes that cut that dimension of an array in use.
-USE_AXES: dict[str, tuple[str, ...]] = {"r": ROW_AXES, **dict.fromkeys("hjfv", (TENSOR_AXIS,))}
+USE_AXES: dict[str, tuple[str, ...]] = {
+    "r": ROW_AXES,
+    "t": (CONTEXT_AXIS,),
+    **dict.fromkeys("hjfv", (TENSOR_AXIS,)),
+}
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -25,7 +25,7 @@ from palign.objectives.compose import Diagnosis, make_objective
 from palign.objectives.lora import BASE
 from palign.objectives.readings import WEIGHTS, policy_sums, reference_sums
 from palign.objectives.registry import find_method, needs_of, resolve_methods
-from palign.sharding.mesh import TENSOR_AXIS, make_mesh, num_row_shards, to_global
+from palign.sharding.mesh import CONTEXT_AXIS, TENSOR_AXIS, make_mesh, num_row_shards, to_global
 from palign.sharding.processes import is_main, local_rows
 from palign.sharding.rules import parameter_shardings
 from palign.train.cached import cache_hidden, cache_reference
@@ -133,7 +133,7 @@ def _check_tokenizers(tokenizer: Tokenizer, sources: Mapping[str, Source]) -> No
 
 
 def check_rows(config: RunConfig, mesh: Mesh) -> None:
-    """Checks that the devices can share a micro-batch's rows evenly.
+    """Checks that the devices can share a micro-batch's rows evenly, and the blocks of a row.
 
     Raises:
         ValueError: they cannot.
@@ -144,6 +144,12 @@ def check_rows(config: RunConfig, mesh: Mesh) -> None:
             f"config.data.rows_per_step = {config.data.rows_per_step} in {config.data.micro_batches} micro-batches "
             f"gives {rows} rows, which {shards} devices (config.mesh: data times fsdp) cannot share evenly; use a "
             f"multiple of {shards * config.data.micro_batches}"
+        )
+    pieces, length, block = mesh.shape.get(CONTEXT_AXIS, 1), config.data.row_length, config.data.block
+    if length % (pieces * block):
+        raise ValueError(
+            f"config.data.row_length = {length} in blocks of config.data.block = {block}: {pieces} devices "
+            f"(config.mesh.context) cannot share a row's blocks evenly; use a multiple of {pieces * block}"
         )
 
 
@@ -160,6 +166,8 @@ def assemble(
     config: RunConfig, workdir: epath.Path, mesh: Mesh, data: Prepared, sources: Mapping[str, Source]
 ) -> tuple[Run, TrainState]:
     """Loads the models, makes the objective and compiles nothing yet."""
+    pieces = mesh.shape.get(CONTEXT_AXIS, 1)
+    data = _with_each(data, lambda _, dataset: dataclasses.replace(dataset, pieces=pieces))
     kernel = choose_kernel(config, workdir, mesh, data.train)
     lm, trunk = (make_language_model(model, kernel) for model in (config.model, without_value_head(config.model)))
     settings, followers = config.objective, followers_of(config)

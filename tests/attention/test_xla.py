@@ -11,7 +11,7 @@ import pytest
 from palign.attention import xla
 from palign.attention.attend import attend
 from palign.attention.block_pairs import list_block_pairs
-from palign.attention.walk import Scoring, Tokens
+from palign.attention.walk import Ids, Scoring, Tokens
 from palign.sharding.mesh import make_mesh, row_sharding
 from tests.attention import rows
 from tests.attention.rows import EVERYTHING
@@ -112,7 +112,8 @@ def test_the_loops_run_as_often_as_pairs_are_listed_whatever_the_capacity(monkey
         column = np.arange(T)
         row = np.stack([column < used, column * 0, np.where(column < used, column, 0)]).astype(np.int32)
         pairs = np.stack([list_block_pairs(*row, BLOCK)] * 2)
-        tokens = Tokens(*(jnp.asarray(np.stack([row[i]] * 2)) for i in (2, 0, 1)), jnp.asarray(pairs))
+        ids = Ids(*(jnp.asarray(np.stack([row[i]] * 2)) for i in (2, 0, 1)))
+        tokens = Tokens(ids, ids, jnp.asarray(pairs))
         saved = (scoring, query, key, value, tokens, EVERYTHING)
         output, lse = kernel.forward(*saved)
         kernel.backward(*saved, output, lse, cotangent)

@@ -175,11 +175,6 @@ def test_two_open_axes_are_an_error():
         make_mesh(data=-1, fsdp=-1)
 
 
-def test_rows_cannot_be_cut_yet():
-    with pytest.raises(ValueError, match=r"config.mesh.context = 2: rows cannot be cut over devices yet; use 1"):
-        make_mesh(context=2)
-
-
 @dataclasses.dataclass(frozen=True)
 class Device:
     """What the order of devices is decided by."""

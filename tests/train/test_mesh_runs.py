@@ -11,7 +11,14 @@ from tests.compiled import uncached
 from tests.recipes.tiny_runs import config, one_device, write_pairs
 from tests.trees import largest_difference
 
-MESHES = [dict(data=8), dict(fsdp=8), dict(data=4, tensor=2), dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, tensor=4)]
+MESHES = [
+    dict(data=8),
+    dict(fsdp=8),
+    dict(data=4, tensor=2),
+    dict(data=2, fsdp=2, tensor=2),
+    dict(fsdp=2, tensor=4),
+    dict(data=2, context=2, tensor=2),
+]
 STEPS = 5
 
 

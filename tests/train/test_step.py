@@ -13,6 +13,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from palign.data.pack import stack_rows
+from palign.data.pieces import in_pieces
 from palign.heads.target_values import target_logps
 from palign.models.transformer import make_language_model
 from palign.objectives.base import Context, Objective
@@ -26,14 +28,20 @@ from tests.trees import TINY, largest_difference, make_batch, random_trees
 
 # A vocabulary so large that logits of all targets would be the largest array by far; no other size is 3.
 MODEL = dataclasses.replace(TINY, vocab_size=500, num_layers=3)
-ROWS, TOKENS, CHUNK = 16, 128, 16
+ROWS, TOKENS, BLOCK, CHUNK = 16, 128, 16, 16
 TX = optax.sgd(0.1, momentum=0.9)  # its momentum after one step is the gradient
-# Micro-batches, data, fsdp, tensor.
-LAYOUTS = {"1x16": (1, 1, 1, 1), "2x8": (2, 1, 1, 1), "4x4": (4, 1, 1, 1), "8x2": (8, 1, 1, 1)}
-ROW_MESHES = {"data=8": (2, 8, 1, 1), "fsdp=8": (1, 1, 8, 1), "data=2, fsdp=4": (2, 2, 4, 1)}
-MIXED = (1, 2, 2, 2)
-FAST_MESHES = ROW_MESHES | {"data=2, fsdp=2, tensor=2": MIXED}
-MESHES = FAST_MESHES | {"data=4, tensor=2": (2, 4, 1, 2), "fsdp=2, tensor=4": (1, 1, 2, 4)}
+# Micro-batches, data, fsdp, context, tensor.
+LAYOUTS = {"1x16": (1, 1, 1, 1, 1), "2x8": (2, 1, 1, 1, 1), "4x4": (4, 1, 1, 1, 1), "8x2": (8, 1, 1, 1, 1)}
+ROW_MESHES = {"data=8": (2, 8, 1, 1, 1), "fsdp=8": (1, 1, 8, 1, 1), "data=2, fsdp=4": (2, 2, 4, 1, 1)}
+MIXED = (1, 2, 2, 1, 2)
+PIECES = (1, 2, 1, 2, 2)
+FAST_MESHES = ROW_MESHES | {"data=2, fsdp=2, tensor=2": MIXED, "data=2, context=2, tensor=2": PIECES}
+MESHES = FAST_MESHES | {
+    "data=4, tensor=2": (2, 4, 1, 1, 2),
+    "fsdp=2, tensor=4": (1, 1, 2, 1, 4),
+    "fsdp=2, context=4": (2, 1, 2, 4, 1),
+    "context=8": (1, 1, 1, 8, 1),
+}
 EVERY_MESH = [pytest.param(name, marks=() if name in FAST_MESHES else pytest.mark.slow) for name in MESHES]
 
 
@@ -50,7 +58,9 @@ class Run(NamedTuple):
 
     def batch(self, rows):
         split = lambda x: x.reshape(self.micro_batches, -1, *x.shape[1:])
-        return to_global(self.mesh, jax.tree.map(lambda x: split(np.asarray(x)), rows))
+        pieces = self.mesh.shape.get("context", 1)
+        dealt = [in_pieces(jax.tree.map(lambda x, r=r: np.asarray(x[r]), rows), BLOCK, pieces) for r in range(ROWS)]
+        return to_global(self.mesh, jax.tree.map(split, stack_rows(dealt)))
 
     def state(self, params):
         return jax.device_put(new_state(jax.tree.map(jnp.copy, params), TX), self.shardings)
@@ -78,23 +88,24 @@ def params():
 @functools.cache
 def rows(num=24, seed=0):
     """Ragged trees with one to five responses; three rows are empty. One response makes no pair but has targets."""
-    made = make_batch(random_trees(seed, num, responses=(1, 5)), rows=ROWS, used=13, tokens=TOKENS, responses=5)
+    made = make_batch(random_trees(seed, num, responses=(1, 5)), rows=ROWS, used=13, tokens=TOKENS, responses=5, block=BLOCK)
     return jax.tree.map(np.asarray, made)
 
 
 @functools.cache
-def build(micro_batches=1, data=1, fsdp=1, tensor=1, cached=False):
+def build(micro_batches=1, data=1, fsdp=1, context=1, tensor=1, cached=False):
     """The step of `dpo` (a mean over pairs) and half an `sft` (a mean over tokens)."""
     remat = "full" if fsdp > 1 else "none"  # gathers inside what is recomputed
     lm = make_language_model(dataclasses.replace(MODEL, remat=remat))
-    mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=jax.devices()[: data * fsdp * tensor])
+    sizes = dict(data=data, fsdp=fsdp, context=context, tensor=tensor)
+    mesh = make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
     shardings = state_shardings(mesh, lm, TX)
     objective = make_objective(
         lm, ["dpo", "sft"], loss_weights=[1.0, 0.5], hyper={"beta": 0.1}, chunk=CHUNK, cached_reference=cached
     )
     aux_shardings = {} if cached else {"reference": shardings.params}
     step = make_train_step(objective, TX, mesh, shardings, aux_shardings)
-    return Run(step, lm, mesh, shardings, shardings.params, micro_batches, (micro_batches, data, fsdp, tensor))
+    return Run(step, lm, mesh, shardings, shardings.params, micro_batches, (micro_batches, *sizes.values()))
 
 
 @functools.cache
@@ -198,11 +209,29 @@ def test_over_a_tensor_axis_devices_add_up_partial_sums_and_gather_no_activation
     assert gathered <= parts_of(MIXED, "layers") | parts_of(MIXED, "embedding") | {most_likely}
 
 
+def test_over_a_context_axis_devices_gather_keys_and_values_and_no_other_activations():
+    found = collectives(program(*PIECES))
+    _, data, _, context, tensor = PIECES
+    local = (ROWS // data, TOKENS // context)
+    keys = (ROWS // data, TOKENS, MODEL.num_key_heads // tensor, MODEL.head_width)
+    # Keys and values: policy and reference, and for the backward pass of the policy.
+    gathered = [kind_of(c.shape) for c in found if c.kind == "all-gather"]
+    most_likely = (2, CHUNK)
+    assert gathered.count(kind_of(keys)) == 2 * 3 and set(gathered) == {kind_of(keys), most_likely}
+    # Their gradients, added up and scattered.
+    scattered = [c.shape for c in found if c.kind == "reduce-scatter"]
+    assert scattered == [(*local, *keys[2:])] * 2
+    # What a tensor axis adds up is a piece of the rows.
+    hidden = [c.kind for c in found if c.shape == (*local, MODEL.dim)]
+    assert hidden == ["all-reduce"] * (2 * 3 + 5)
+    assert not any(c.shape[:2] == (ROWS // data, TOKENS) and MODEL.dim in c.shape[2:] for c in found)
+
+
 @pytest.mark.parametrize("layout", ["1x16", *EVERY_MESH])
 def test_no_buffer_holds_the_logits_of_all_targets(layout):
-    micro_batches, data, fsdp, tensor = arguments = (LAYOUTS | MESHES)[layout]
+    micro_batches, data, fsdp, context, tensor = arguments = (LAYOUTS | MESHES)[layout]
     local_rows = ROWS // micro_batches // (data * fsdp)
-    assert largest_buffer(program(*arguments)) < local_rows * TOKENS * MODEL.vocab_size // tensor
+    assert largest_buffer(program(*arguments)) < local_rows * TOKENS * MODEL.vocab_size // (context * tensor)
 
 
 def test_batches_of_any_size_run_through_one_compilation():
