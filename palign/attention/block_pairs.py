@@ -90,7 +90,8 @@ def deal_blocks(block_pairs: np.ndarray, blocks: int, pieces: int) -> np.ndarray
         [n] int, the row's blocks in their new order: piece after piece, n / C each, inside a piece as before.
     """
     cost = np.bincount(block_pairs[block_pairs[:, 1] >= 0, 0], minlength=blocks)
-    load, dealt = np.zeros(pieces), [[] for _ in range(pieces)]
+    load = np.zeros(pieces)
+    dealt: list[list[int]] = [[] for _ in range(pieces)]
     for block in np.argsort(-cost, kind="stable"):
         piece = int(np.argmin(load))
         dealt[piece].append(block)

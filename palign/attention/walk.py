@@ -107,8 +107,8 @@ def own_queries(tokens: Tokens, piece: Array, pieces: int) -> Tokens:
     blocks = length // block_size(length, tokens.block_pairs.shape[1])
     if blocks % pieces:
         raise ValueError(
-            f"attend: rows of {blocks} blocks cannot be cut into {pieces} pieces (config.mesh.context) of whole blocks; "
-            "make them a multiple"
+            f"attend: rows of {blocks} blocks cannot be cut into {pieces} pieces (config.mesh.context) of whole "
+            "blocks; make them a multiple"
         )
     size, blocks = length // pieces, blocks // pieces
     query = Ids(*(jax.lax.dynamic_slice_in_dim(x, piece * size, size, axis=1) for x in tokens.query))
@@ -130,15 +130,15 @@ def make_walk(tokens: Tokens, *, tail: int) -> Walk:
     rows, length = tokens.key.position.shape
     capacity = tokens.block_pairs.shape[1]
     block = block_size(length, capacity)
-    ids = [jnp.stack([x.reshape(-1, block) for x in side], axis=1) for side in (tokens.query, tokens.key)]
-    blocks = [side.shape[0] // rows for side in ids]
+    query_ids, key_ids = (jnp.stack([x.reshape(-1, block) for x in side], axis=1) for side in tokens[:2])
+    blocks = [ids.shape[0] // rows for ids in (query_ids, key_ids)]
     listed = (tokens.block_pairs[..., 1] >= 0).reshape(-1)
     first = jnp.arange(rows, dtype=jnp.int32)[:, None] * jnp.array([blocks], jnp.int32)
     flat = (tokens.block_pairs + first[:, None]).reshape(-1, 2)
     size = rows * min(capacity, math.prod(blocks)) + tail  # a piece of a row has fewer pairs than the row
     place = jnp.where(listed, jnp.cumsum(listed) - 1, size)
     queries, keys = jnp.zeros((2, size), jnp.int32).at[:, place].set(flat.T, mode="drop")
-    return Walk(*ids, queries, keys, listed.sum())
+    return Walk(query_ids, key_ids, queries, keys, listed.sum())
 
 
 def sort_by_key(walk: Walk) -> Walk:

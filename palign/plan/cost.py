@@ -159,7 +159,7 @@ def _weights(step: AbstractStep, passes: Passes) -> float:
     return layers / _tensor_size(step) + 2 * bytes_on_device(step.state)
 
 
-def _head(step: AbstractStep, passes: Passes, targets: int) -> float:
+def _head(step: AbstractStep, passes: Passes, targets: float) -> float:
     """The kernel is read for every product of every chunk, its float32 gradient read and written in the backward's."""
     model, micro_batches = step.config.model, step.config.data.micro_batches
     chunks = micro_batches * -(-targets // (step.config.objective.head_chunk * micro_batches))

@@ -1,6 +1,7 @@
 """A plan: what one step of a config needs of every chip of a topology, compiled for it and computed beside it."""
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -194,7 +195,7 @@ def _slices(step: AbstractStep) -> Sequence[int]:
 def _head_trips(step: AbstractStep) -> int:
     """Loops whose length is data and that hold collectives are the heads': how often they run on a full row."""
     targets = step.rows_per_device * int(np.sum(step.row.target_slot > 0))
-    return -(-targets // step.config.objective.head_chunk)
+    return math.ceil(targets / step.config.objective.head_chunk)
 
 
 def _exchanges(collectives: Sequence[Collective]) -> tuple[Exchange, ...]:
@@ -218,7 +219,7 @@ def _expectation(step: AbstractStep) -> Expectation:
     return Expectation(
         layers=stacked_shapes(leaf.shape for leaf in jax.tree.leaves(step.state.params["layers"])),
         outside=step.config.data.micro_batches,
-        rows=step.rows_per_device * step.row.token.size,
+        rows=int(step.rows_per_device * step.row.token.size),
         vocabulary=padded_vocabulary(model) // mesh.get("tensor", 1),
         dim=model.dim,
         gathers=gathers,

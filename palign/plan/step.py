@@ -18,7 +18,7 @@ from palign.objectives.base import REFERENCE, Objective
 from palign.objectives.lora import BASE
 from palign.objectives.readings import WEIGHTS
 from palign.objectives.registry import find_method
-from palign.sharding.mesh import make_mesh, num_row_shards, row_sharding
+from palign.sharding.mesh import CONTEXT_AXIS, make_mesh, num_row_shards, row_sharding
 from palign.sharding.rules import parameter_shardings
 from palign.train.build import check_config, check_rows, objective_of
 from palign.train.followers import followers_of
@@ -46,9 +46,9 @@ class AbstractStep(NamedTuple):
     compiled: Any  # the jitted function
 
     @property
-    def rows_per_device(self) -> int:
-        """Of one micro-batch."""
-        return self.batch.token.shape[1] // num_row_shards(self.mesh)
+    def rows_per_device(self) -> float:
+        """Of one micro-batch; a part of one where rows are cut."""
+        return self.batch.token.shape[1] / (num_row_shards(self.mesh) * self.mesh.shape.get(CONTEXT_AXIS, 1))
 
 
 def abstract_step(config: RunConfig, devices: list[jax.Device], *, responses: int = 0) -> AbstractStep:

@@ -11,7 +11,7 @@ from jax.experimental import topologies
 from palign import plan
 from palign.attention.attend import KERNELS, attend
 from palign.sharding.mesh import make_mesh, row_sharding
-from tests.compiled import collectives, largest_buffer
+from tests.compiled import Collective, collectives, largest_buffer
 
 pytestmark = pytest.mark.slow
 H100 = pathlib.Path(plan.__file__).parent / "targets" / "h100.textproto"
@@ -28,10 +28,10 @@ SHAPES = [
 of_shapes = pytest.mark.parametrize("shape", SHAPES, ids=["8 heads of 128, bfloat16", "4 heads of 64, float32"])
 
 
-def compile_for(devices, name, *, tokens, heads, key_heads, width, dtype, softcap, block):
-    """Forward and backward of one row a device."""
-    mesh = make_mesh(data=1, fsdp=-1, devices=devices)
-    rows, blocks = len(devices), tokens // block
+def compile_for(devices, name, *, tokens, heads, key_heads, width, dtype, softcap, block, context=1):
+    """Forward and backward of one row a device, or of one row for several."""
+    mesh = make_mesh(data=1, fsdp=-1, context=context, devices=devices)
+    rows, blocks = len(devices) // context, tokens // block
     sharded = lambda shape, dtype: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=row_sharding(mesh))
     arrays = [sharded((tokens, n, width), dtype) for n in (heads, key_heads, key_heads, heads)]
     ids = [sharded((tokens,), jnp.int32)] * 3
@@ -64,6 +64,18 @@ def test_the_tpu_kernels_compile(topology, shape, monkeypatch):
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     compiled = compile_for(devices, "pallas_tpu", block=2 * shape["width"], **shape)
     check(compiled, shape, "tpu_custom_call")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_the_tpu_kernels_compile_for_pieces_of_rows(monkeypatch):
+    for name, value in NO_PROBES.items():
+        monkeypatch.setenv(name, value)
+    devices, shape = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices, SHAPES[0]
+    compiled = compile_for(devices, "pallas_tpu", block=256, context=2, **shape)
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+    keys, piece = ((1, shape["tokens"] // n, shape["key_heads"], shape["width"]) for n in (1, 2))
+    # The backward pass is beside the forward here, so that what is gathered for the one serves the other.
+    assert collectives(compiled) == [Collective("all-gather", keys)] * 2 + [Collective("reduce-scatter", piece)] * 2
 
 
 @of_shapes

@@ -149,9 +149,9 @@ def test_a_list_whose_length_is_no_causal_bound_is_an_error():
             attend(query, key, value, ids[2], ids[0], ids[1], wrong, EVERYTHING, scale=1.0)
 
 
-@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=4), dict(fsdp=2, tensor=4)], ids=str)
+@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=4), dict(fsdp=2, tensor=4), dict(context=4, tensor=2)], ids=str)
 def test_eight_devices_compute_what_one_does(mesh):
-    """Over rows; and over rows and heads, four groups of them, though there are two key heads."""
+    """Over rows; over rows and heads, four groups of them, though there are two key heads; and over pieces of rows."""
     rng = np.random.default_rng(9)
     ids, pairs = random_rows(rng)
     arrays = random_arrays(rng)

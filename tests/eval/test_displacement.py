@@ -152,6 +152,14 @@ def test_sums_of_rows_on_several_devices_are_those_of_one():
         np.testing.assert_array_equal(compiled(hidden, batch), expected)
 
 
+def test_sums_of_rows_in_pieces_are_those_of_whole_rows():
+    batch = make_batch(random_trees(10, 6, responses=(2, 3)), rows=4, used=3, responses=3)
+    hidden = np.random.default_rng(2).normal(size=(*batch.token.shape, 4)).astype(np.float32)
+    with jax.set_mesh(make_mesh(data=2, context=4)):
+        found = jax.jit(hidden_sums_by_slot)(hidden, batch)
+    np.testing.assert_allclose(found, hidden_sums_by_slot(hidden, batch), rtol=1e-6, atol=1e-6)
+
+
 def test_no_gradient_reaches_hidden_states():
     batch = make_batch(random_trees(11, 2, responses=(2, 2)), rows=1, used=1, responses=2)
     hidden = jnp.ones((*batch.token.shape, 4))

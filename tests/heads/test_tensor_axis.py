@@ -10,10 +10,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from palign import losses
-from palign.heads.target_values import target_values, token_values, values_at_targets
-from palign.heads.targets import Tower, at_targets
+from palign.heads.target_values import logp_at_targets, target_values, token_values, values_at_targets
+from palign.heads.targets import TargetTower, Tower, at_targets
 from palign.heads.weighted_sum import weighted_sum
-from palign.sharding.mesh import TENSOR_AXIS, make_mesh, over_tensor, row_sharding
+from palign.sharding.mesh import ROWS, TENSOR_AXIS, TOKENS, make_mesh, over_tensor, row_sharding
 from palign.types import Unembedding
 from tests.compiled import Collective, collectives, shapes_in, uncached
 from tests.trees import VOCAB, largest_difference, make_batch, random_trees
@@ -117,6 +117,35 @@ def test_no_collective_has_a_dimension_of_the_vocabulary_or_a_part_of_it(name):
     small = {(CHUNK,), (CHUNK, 1), (CHUNK, CUT), (CHUNK, D), ()}
     assert {c.shape for c in found if c not in wide} <= small
     assert ("all-reduce", (CHUNK, D)) in found
+
+
+def cached_policy(weights, batch, hidden, kernels):
+    """The differentiated model, too, is there at the targets only."""
+
+    def values(x, w):
+        tower = TargetTower(x, Unembedding(w, None, VOCAB))
+        return target_values(logp_at_targets, (tower,), batch, chunk=CHUNK)
+
+    out, pull_back = jax.vjp(values, hidden[0], kernels[0])
+    return out, pull_back(weights)
+
+
+@pytest.mark.parametrize("name", ["aligndistil, cached teachers", "cached policy"])
+def test_each_target_is_visited_by_the_one_device_that_holds_its_hidden_state(name):
+    case = (CASES | {"cached policy": cached_policy})[name]
+    mesh = make_mesh(data=2, context=2, tensor=2)
+    weights, batch, hidden, kernels = arguments()
+    placed = (
+        *jax.device_put((weights, batch), row_sharding(mesh)),
+        jax.device_put(hidden, NamedSharding(mesh, ROWS if name == "cached policy" else TOKENS)),
+        jax.device_put(kernels, NamedSharding(mesh, P(None, TENSOR_AXIS))),
+    )
+    with jax.set_mesh(mesh), uncached():
+        values, gradients = jax.device_get(jax.jit(case)(*placed))
+    expected_values, expected_gradients = jax.jit(case)(*arguments())
+    for value, expected in zip(jax.tree.leaves(values), jax.tree.leaves(expected_values), strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-6)
+    assert largest_difference(gradients, expected_gradients) < 1e-5
 
 
 def test_a_vocabulary_that_the_axis_does_not_divide_is_an_error():

@@ -240,6 +240,8 @@ def test_rows_that_the_devices_cannot_share_are_refused(pairs, tmp_path, monkeyp
     monkeypatch.setattr("palign.train.build.make_mesh", make_mesh)
     with pytest.raises(ValueError, match=r"config.data.rows_per_step = 4 .* 8 devices .* use a multiple of 8"):
         build(config(pairs), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"config.data.row_length = 64 in blocks of .* = 32: 4 devices .* of 128"):
+        build(config(pairs, mesh={"data": 2, "context": 4}), tmp_path / "run")
 
 
 class Poisoned:

@@ -27,7 +27,7 @@ def settings(tmp_path_factory):
     """A DPO run whose policy and reference come from a run of another mesh."""
     root = tmp_path_factory.mktemp("mesh")
     file = write_pairs(root / "pairs.jsonl", 60, prompts=40)
-    shape = dict(model={"num_heads": 4, "num_key_heads": 2, "remat": True}, data={"rows_per_step": 8})
+    shape = dict(model={"num_heads": 4, "num_key_heads": 2, "remat": "full"}, data={"rows_per_step": 8})
     with one_device():
         run(config(file, train={"max_steps": 3}, **shape), root / "sft")
     sources = dict(init_from=str(root / "sft"), reference_from=str(root / "sft"))

@@ -90,11 +90,11 @@ def test_every_example_is_answered_with_what_was_drawn_for_it(dataset):
     assert batch.token.shape[:2] == (2, 1)
 
 
-def drawer(dataset, devices, tensor=1):
+def drawer(dataset, devices, tensor=1, context=1):
     """Draws responses to five prompts, by key."""
     lm = make_language_model(TINY)
     params = lm.init(jax.random.key(0))
-    mesh = make_mesh(tensor=tensor, devices=jax.devices()[:devices])
+    mesh = make_mesh(context=context, tensor=tensor, devices=jax.devices()[:devices])
     params = jax.device_put(params, parameter_shardings(mesh, params))
     draw = make_draw(lm, mesh, dataset, RolloutConfig(every=1, max_new_tokens=ROOM), eos_id=EOS)
     prompts = [tree.prompt for tree in dataset.trees[:5]]
@@ -114,9 +114,9 @@ def test_a_draw_is_the_policy_s_own_and_ends_with_eos_or_at_its_room(dataset, de
         assert ended or response.size == ROOM
 
 
-def test_a_tensor_axis_draws_what_one_device_draws(dataset):
+def test_tensor_and_context_axes_draw_what_one_device_draws(dataset):
     with uncached():
-        (responses, _), (expected, _) = (drawer(dataset, *where)(1) for where in ((8, 4), (1, 1)))
+        (responses, _), (expected, _) = (drawer(dataset, *where)(1) for where in ((8, 2, 4), (1, 1, 1)))
     for one, two in zip(responses, expected, strict=True):
         np.testing.assert_array_equal(one, two)
 

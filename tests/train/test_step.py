@@ -88,7 +88,9 @@ def params():
 @functools.cache
 def rows(num=24, seed=0):
     """Ragged trees with one to five responses; three rows are empty. One response makes no pair but has targets."""
-    made = make_batch(random_trees(seed, num, responses=(1, 5)), rows=ROWS, used=13, tokens=TOKENS, responses=5, block=BLOCK)
+    made = make_batch(
+        random_trees(seed, num, responses=(1, 5)), rows=ROWS, used=13, tokens=TOKENS, responses=5, block=BLOCK
+    )
     return jax.tree.map(np.asarray, made)
 
 
