@@ -161,7 +161,7 @@ def test_a_vocabulary_that_the_axis_does_not_divide_is_an_error():
 def test_a_mesh_has_a_tensor_axis_only_where_it_is_asked_for():
     assert make_mesh(data=2, fsdp=-1, tensor=2).shape == {"data": 2, "fsdp": 2, "tensor": 2}
     assert make_mesh(tensor=1).axis_names == ("data", "fsdp")
-    with pytest.raises(ValueError, match=r"config.mesh: data=2, fsdp=1, tensor=3 does not make 8 devices"):
+    with pytest.raises(ValueError, match=r"config.mesh: data=2, fsdp=1, context=1, tensor=3 does not make 8 devices"):
         make_mesh(data=2, tensor=3)
     # Neighbours share a row's vocabulary: they have the fastest links.
     assert make_mesh(data=2, tensor=4).devices[0, 0].tolist() == jax.devices()[:4]
