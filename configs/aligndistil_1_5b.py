@@ -11,8 +11,8 @@ here, and 24 hold about as many. Plans: docs/plan.md.
 
 from ml_collections import ConfigDict
 
-from configs.shapes import QWEN25_1_5B
 from palign.config.load import ordered
+from palign.config.shapes import QWEN25_1_5B
 
 INSTRUCT = "models/qwen2.5-1.5b-instruct"
 

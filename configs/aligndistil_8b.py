@@ -8,8 +8,8 @@ SFT is the workdir of a run. The last stage holds three models, two of them froz
 
 from ml_collections import ConfigDict
 
-from configs.shapes import LLAMA3_8B
 from palign.config.load import ordered
+from palign.config.shapes import LLAMA3_8B
 
 SFT = "models/llama-3.1-8b-sft"
 

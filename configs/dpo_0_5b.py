@@ -8,7 +8,7 @@ SFT is the workdir of a run. On eight devices `--config.data.micro_batches=1`. P
 
 from ml_collections import ConfigDict
 
-from configs.shapes import QWEN25_0_5B
+from palign.config.shapes import QWEN25_0_5B
 
 
 def get_config() -> ConfigDict:

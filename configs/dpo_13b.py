@@ -10,7 +10,7 @@ docs/plan.md.
 
 from ml_collections import ConfigDict
 
-from configs.shapes import LLAMA2_13B
+from palign.config.shapes import LLAMA2_13B
 
 
 def get_config() -> ConfigDict:

@@ -8,7 +8,7 @@ SFT is the workdir of a run. Plans: docs/plan.md.
 
 from ml_collections import ConfigDict
 
-from configs.shapes import LLAMA3_8B
+from palign.config.shapes import LLAMA3_8B
 
 
 def get_config() -> ConfigDict:

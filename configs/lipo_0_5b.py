@@ -9,7 +9,7 @@ of a run. Rows are full, and 8 of them hold about 32 lists of summaries. Plans: 
 
 from ml_collections import ConfigDict
 
-from configs.shapes import QWEN25_0_5B
+from palign.config.shapes import QWEN25_0_5B
 
 
 def get_config() -> ConfigDict:
