@@ -14,29 +14,11 @@ from palign.train.cached import cache_reference
 from palign.train.loop import run
 from palign.train.metrics import read_metrics
 from palign.train.sources import load_run
-from tests.recipes.tiny_runs import config, one_device, write_pairs
+from tests.recipes.tiny_runs import config
 
 DPO = {"loss_type": ["dpo"], "beta": 0.2}
 CHUNK = 64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def single():
-    with one_device():
-        yield
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 40, prompts=30)
-
-
-@pytest.fixture(scope="module")
-def sft(pairs, tmp_path_factory):
-    """A trained model, so that its log-probabilities are not all alike."""
-    workdir = tmp_path_factory.mktemp("sft") / "run"
-    run(config(pairs), workdir)
-    return workdir
+pytestmark = pytest.mark.usefixtures("single")
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +61,9 @@ def test_a_run_with_a_cached_reference_equals_one_with_a_live_one_step_by_step(p
         assert live.keys() == other.keys()
         for name in live.keys() - {"tokens_per_second"}:
             # Rewards are differences of sequence log-probabilities: it is these that are held to one in a million.
-            size = 20.0 if "rewards/" in name else 1.0
-            assert other[name] == pytest.approx(live[name], rel=1e-6, abs=1e-6 * size), name
+            # Gradients are held to 1e-5, like the parameters below, of which those of later steps are taken.
+            size, relative = 20.0 if "rewards/" in name else 1.0, 1e-5 if name == "grad_norm" else 1e-6
+            assert other[name] == pytest.approx(live[name], rel=relative, abs=1e-6 * size), name
     trained = [line for line in lines["cached"] if "loss" in line]
     assert all(abs(line["rewards/chosen"]) > 0.01 and line["logps/chosen"] < -10 for line in trained)
     one, other = (jax.device_get(load_run(str(tmp_path / kind)).params) for kind in ("live", "cached"))
@@ -154,7 +137,7 @@ def test_a_pass_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_file
         return one_part(part, *rest, **kwargs)
 
     def cut_off(file, flat):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -13,28 +13,16 @@ from palign.train.followers import Follower, follow
 from palign.train.loop import FINISHED, run
 from palign.train.metrics import read_metrics
 from palign.train.sources import load_run, read_config
-from tests.recipes.tiny_runs import config, one_device, write_pairs
+from tests.recipes.tiny_runs import config
 
 DECAY, EVERY, MIXUP = 0.75, 2, 1.0
 DPO = {"loss_type": ["dpo"], "beta": 0.2, "reference_sync_every": EVERY, "reference_mixup": MIXUP}
 TRAIN = {"ema_decay": DECAY, "checkpoint_every": 1, "keep": 9, "eval_every": 3, "max_steps": 5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def single():
-    with one_device():
-        yield
+pytestmark = pytest.mark.usefixtures("single")
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 40, prompts=30)
-
-
-@pytest.fixture(scope="module")
-def settings(pairs, tmp_path_factory):
-    sft = tmp_path_factory.mktemp("sft") / "run"
-    run(config(pairs), sft)
+def settings(pairs, sft):
     warmed = {"learning_rate": 0.01, "warmup_steps": 0}  # the first step moves too
     return config(pairs, objective=DPO, init_from=str(sft), reference_from=str(sft), train=TRAIN, optimizer=warmed)
 

@@ -28,13 +28,16 @@ def with_kernel(name):
 class Rows:
     """A data set of one step."""
 
-    def step_batch(self, step, *, micro_batches):
+    plan = SimpleNamespace(rows_per_step=2)
+
+    def step_batch(self, step, *, micro_batches, rows):
+        assert rows == slice(0, 2)
         batch = make_batch(random_trees(step, 3), rows=2, used=2, tokens=64)
         return jax.tree.map(lambda leaf: leaf[None], jax.device_get(batch))
 
 
 class Nothing:
-    def step_batch(self, step, *, micro_batches):
+    def step_batch(self, step, **_):
         raise AssertionError("nothing is to be measured")
 
 

@@ -19,29 +19,12 @@ from palign.train.evaluate import evaluate_run
 from palign.train.loop import FINISHED, run
 from palign.train.metrics import read_metrics
 from palign.train.sources import load_run, read_config
-from tests.recipes.tiny_runs import config, one_device, write_pairs
+from tests.recipes.tiny_runs import config
 
 LORA = {"rank": 4, "alpha": 8.0}
 DPO = {"loss_type": ["dpo"], "beta": 0.2}
 TRAIN = {"best_metric": "", "eval_every": 0, "checkpoint_every": 3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def single():
-    with one_device():
-        yield
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 40, prompts=30)
-
-
-@pytest.fixture(scope="module")
-def sft(pairs, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("sft") / "run"
-    run(config(pairs), workdir)
-    return workdir
+pytestmark = pytest.mark.usefixtures("single")
 
 
 @pytest.fixture(scope="module")
