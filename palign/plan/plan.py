@@ -217,13 +217,17 @@ def _expectation(step: AbstractStep) -> Expectation:
     pure = mesh["data"] == 1  # where there are copies, their gradients are added up whole
     gathers = ("all-gather", "all-to-all", "collective-permute", *(("all-reduce",) if pure else ()))
     return Expectation(
-        layers=stacked_shapes(leaf.shape for leaf in jax.tree.leaves(step.state.params["layers"])),
+        layers=stacked_shapes(leaf.shape for leaf in jax.tree.leaves(step.state.params["layers"]) if _is_cut(leaf)),
         outside=step.config.data.micro_batches,
         rows=int(step.rows_per_device * step.row.token.size),
         vocabulary=padded_vocabulary(model) // mesh.get("tensor", 1),
         dim=model.dim,
         gathers=gathers,
     )
+
+
+def _is_cut(leaf: jax.ShapeDtypeStruct) -> bool:
+    return leaf.sharding.shard_shape(leaf.shape) != leaf.shape
 
 
 def _step(step: AbstractStep) -> Step:

@@ -213,7 +213,8 @@ class Expectation(NamedTuple):
     """What a step's text is held against.
 
     Attributes:
-        layers: the dimensions of stacked parameters, all devices together, in ascending order and without ones.
+        layers: the dimensions of stacked parameters that are cut, all devices together, in ascending order and without
+            ones.
         outside: what happens at most so often is outside the loop over layers.
         rows: tokens of a device's micro-batch, R * T.
         vocabulary: V, padded, on one device.
