@@ -111,7 +111,8 @@ def pack_arguments(
             "tokenizer. Convert them with the same vocabulary first."
         )
     softcaps, places = tuple(t.unembedding.softcap for t in towers), tuple(_place(t, batch) for t in towers)
-    static = Static(function, softcaps, places, batch.token.shape[1] // context_size(), sizes.pop(), chunk)
+    length = next((t.hidden.shape[1] for t in towers if isinstance(t, Tower)), batch.token.shape[1])
+    static = Static(function, softcaps, places, length // context_size(), sizes.pop(), chunk)
     hidden = (towers[0].hidden, *(jax.lax.stop_gradient(t.hidden) for t in towers[1:]))
     kernels = (
         towers[0].unembedding.kernel,
