@@ -1,12 +1,13 @@
 """`palign.cli.train`, which writes down the examples that this process was given: `ids-PROCESS.json` in $RECORD.
 
-With $STOP_AT set, process 1 gets SIGTERM after that step.
+With $STOP_AT set, process 1 gets SIGTERM after that step; steps then take half a second, as the news takes its time.
 """
 
 import json
 import os
 import pathlib
 import signal
+import time
 
 import jax
 
@@ -33,6 +34,7 @@ def main() -> int:
     def report_and_stop(made, step, *rest):
         if step == stop and jax.process_index() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5 * (0 < stop <= step))
         return report(made, step, *rest)
 
     loop._report = report_and_stop
