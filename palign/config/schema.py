@@ -341,10 +341,12 @@ class FrozenConfig:
     """How models that are only read are kept: the reference, teachers, the base under LoRA factors."""
 
     dtype: str = ""  # bfloat16; "": as stored
+    placement: str = "sharded"  # sharded (as what is trained), whole (not over fsdp), host (matrices in its memory)
 
     def __post_init__(self) -> None:
-        """Checks the choice."""
+        """Checks the choices."""
         _one_of("frozen", self, "dtype", ("", "bfloat16"))
+        _one_of("frozen", self, "placement", ("sharded", "whole", "host"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -63,7 +63,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", start, self.shape, param_dtype)
         operands, result = self.equation.split("->")
         letters = operands.split(",")[1]
-        kernel = in_use(kernel.astype(self.dtype), letters)
+        kernel = in_use(kernel, letters, self.dtype)
         y = in_use(jnp.einsum(self.equation, x, kernel), result)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros_init(), self.shape[self.num_in :], param_dtype)

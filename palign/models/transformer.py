@@ -112,7 +112,7 @@ class Transformer(nn.Module):
         embedding = self.param("embedding", nn.initializers.normal(0.02), (vocabulary, c.dim), param_dtype)
         if not c.tie_embedding:
             self.param("unembedding", nn.initializers.normal(0.02), (c.dim, vocabulary), param_dtype)
-        x = in_use(in_use(embedding.astype(self.dtype), "vd")[token_RT], "rtd")
+        x = in_use(in_use(embedding, "vd", self.dtype)[token_RT], "rtd")
         x = x * jnp.asarray(c.embedding_scale, self.dtype)
         tables = jax.tree.map(jnp.asarray, layer_tables(c))
         block = Block
@@ -178,8 +178,11 @@ def _make_language_model(config, attention):
         return run(params, batch.token, context, None, attend_rows)[0]
 
     def unembed(params: Params) -> Unembedding:
-        kernel = params["embedding"].T if config.tie_embedding else params["unembedding"]
-        return Unembedding(kernel.astype(dtype), config.final_softcap, config.vocab_size)
+        if config.tie_embedding:
+            kernel = in_use(params["embedding"], "vd", dtype).T
+        else:
+            kernel = in_use(params["unembedding"], "dv", dtype)
+        return Unembedding(kernel, config.final_softcap, config.vocab_size)
 
     prefill = functools.partial(_prefill, config, run)
     lm = LanguageModel(

@@ -18,6 +18,7 @@ from palign.heads.target_values import TokenValues, logp_at_targets, target_valu
 from palign.heads.targets import AnyTower, TargetTower, Tower
 from palign.models.protocol import LanguageModel, Params
 from palign.objectives.per_target import values_per_target
+from palign.sharding.rules import in_use
 from palign.types import Array, Batch, Mean, Terms
 
 REFERENCE = "reference"  # the role of the model that implicit rewards are measured against
@@ -227,7 +228,7 @@ def _frozen_tower(lm: LanguageModel, params: Params, aux: Mapping[str, Any], rol
     """A frozen model at the head; where its hidden states are cached, `aux` holds the kernel of its logits alone."""
     frozen = jax.lax.stop_gradient(aux[role])
     if batch.hidden is not None and role in batch.hidden:
-        return TargetTower(batch.hidden[role], lm.unembed(params)._replace(kernel=frozen))
+        return TargetTower(batch.hidden[role], lm.unembed(params)._replace(kernel=in_use(frozen, "dv")))
     return Tower(jax.lax.stop_gradient(lm.hidden(frozen, batch)), lm.unembed(frozen))
 
 

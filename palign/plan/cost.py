@@ -18,6 +18,7 @@ from palign.objectives.registry import find_method, needs_of
 from palign.plan.program import Collective
 from palign.plan.step import AbstractStep
 from palign.plan.topology import Chip
+from palign.sharding.rules import HOST
 from palign.train.build import diagnosis_of
 
 # config.model.remat -> forwards of the layers' products, and of attention, that the backward repeats
@@ -186,10 +187,21 @@ def kept_values(model: ModelConfig) -> int:
 
 
 def bytes_on_device(tree: object) -> int:
-    """Bytes of a tree of placed shapes that lie on one device."""
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-    )
+    """Bytes of a tree of placed shapes that lie in one device's own memory."""
+    return sum(_bytes_of_piece(leaf) for leaf in jax.tree.leaves(tree) if not _on_host(leaf))
+
+
+def bytes_on_host(tree: object) -> int:
+    """Bytes of a tree of placed shapes that lie in the host's memory for one device."""
+    return sum(_bytes_of_piece(leaf) for leaf in jax.tree.leaves(tree) if _on_host(leaf))
+
+
+def _on_host(leaf: jax.ShapeDtypeStruct) -> bool:
+    return leaf.sharding.memory_kind == HOST
+
+
+def _bytes_of_piece(leaf: jax.ShapeDtypeStruct) -> int:
+    return int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
 
 
 def times_of(work: Work, collectives: Iterable[Collective], chip: Chip) -> Times:

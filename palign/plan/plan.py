@@ -12,7 +12,7 @@ import numpy as np
 
 from palign.config.schema import RunConfig
 from palign.models.config import padded_vocabulary
-from palign.plan.cost import Times, Work, bytes_on_device, times_of, work_of
+from palign.plan.cost import Times, Work, bytes_on_device, bytes_on_host, times_of, work_of
 from palign.plan.devices import topology_devices
 from palign.plan.program import Collective, Expectation, by_kind, find_faults, read_collectives, stacked_shapes
 from palign.plan.step import AbstractStep, abstract_step
@@ -39,9 +39,10 @@ class DoesNotFitError(ValueError):
 class Memory(NamedTuple):
     """Bytes on one device."""
 
-    parameters: int  # computed from shapes and shardings, like the three that follow
+    parameters: int  # computed from shapes and shardings, like the four that follow
     optimizer: int
     frozen: int
+    host: int  # of the frozen, in the host's memory
     batch: int
     temporary: int  # compiled: activations, gradients, gathered weights, whatever lives inside a step only
     total: int  # compiled: arguments, results that do not take an argument's place, and the temporary
@@ -176,6 +177,7 @@ def _memory(step: AbstractStep, analysis: Any, available: int) -> Memory:
         parameters=bytes_on_device(step.state.params),
         optimizer=bytes_on_device(step.state.opt_state),
         frozen=bytes_on_device(step.aux),
+        host=bytes_on_host(step.aux),
         batch=bytes_on_device(step.batch),
         temporary=analysis.temp_size_in_bytes,
         total=arguments + results - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes,

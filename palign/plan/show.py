@@ -74,6 +74,7 @@ def _lines(plan: Plan) -> list[tuple[str, str, str]]:
         ("memory: parameters", _bytes(memory.parameters), "computed, per device"),
         ("  optimizer", _bytes(memory.optimizer), "computed"),
         ("  frozen models", _bytes(memory.frozen), "computed"),
+        *([("  in the host's", _bytes(memory.host), "computed; its way over is in no time here")] * (memory.host > 0)),
         ("  batch", _bytes(memory.batch), "computed"),
         ("  inside the step", _bytes(memory.temporary), "compiled: activations, gradients, gathered weights"),
         ("  total", f"{_bytes(memory.total)} of {_bytes(memory.available)} ({plan.share:.0%})", "compiled"),

@@ -19,7 +19,7 @@ from palign.objectives.lora import BASE
 from palign.objectives.readings import WEIGHTS
 from palign.objectives.registry import find_method
 from palign.sharding.mesh import CONTEXT_AXIS, make_mesh, num_row_shards, row_sharding
-from palign.sharding.rules import parameter_shardings
+from palign.sharding.rules import FROZEN_SHARDINGS, parameter_shardings
 from palign.train.build import check_config, check_rows, objective_of
 from palign.train.followers import followers_of
 from palign.train.kernel import PLAIN, find_candidates
@@ -149,7 +149,7 @@ def _frozen(config: RunConfig, mesh: Mesh, trunk: LanguageModel, roles: Collecti
         return jax.tree.map(lambda x: x.astype(config.frozen.dtype or x.dtype), trunk.init(key))
 
     shapes = jax.eval_shape(init, jax.random.key(0))
-    whole = _placed(shapes, parameter_shardings(mesh, shapes))
+    whole = _placed(shapes, FROZEN_SHARDINGS[config.frozen.placement](mesh, shapes))
     if config.objective.teachers == "cached":
         kernel = {"unembedding": jax.eval_shape(lambda params: trunk.unembed(params).kernel, shapes)}
         unembedding = _placed(kernel, parameter_shardings(mesh, kernel))["unembedding"]

@@ -5,7 +5,7 @@ Where a layer uses them, weights are whole over `fsdp`, and weights and activati
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,6 +48,7 @@ MESH_AXES: dict[str, str] = {
     "key_heads": TENSOR_AXIS,
     "mlp": TENSOR_AXIS,
 }
+HOST = "pinned_host"  # the memory kind of what devices read from their host
 WHOLE_IF_INDIVISIBLE = {"key_heads"}  # they may be fewer than the devices: then each device has them all
 
 # Letter of an einsum -> the mesh axes that cut that dimension of an array in use.
@@ -84,6 +85,9 @@ def parameter_shardings(mesh: Mesh, shapes: Any) -> Any:
         mesh: any; axes of `MESH_AXES` that it does not have cut nothing.
         shapes: a tree of arrays or `jax.ShapeDtypeStruct`s.
 
+    Returns:
+        The same tree of shardings.
+
     Raises:
         ValueError: a parameter without a rule, one that a mesh axis would cut twice, or a dimension that its mesh axis
             does not divide.
@@ -94,6 +98,33 @@ def parameter_shardings(mesh: Mesh, shapes: Any) -> Any:
         return NamedSharding(mesh, P(*_cut(mesh.shape, name, logical_axes(name), leaf.shape)))
 
     return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def _whole_shardings(mesh: Mesh, shapes: Any) -> Any:
+    """As `parameter_shardings`, but nothing is cut over `fsdp`, so nothing has to be gathered."""
+
+    def place(sharding):
+        return NamedSharding(mesh, P(*(None if axis == MESH_AXES["embed"] else axis for axis in sharding.spec)))
+
+    return jax.tree.map(place, parameter_shardings(mesh, shapes))
+
+
+def _host_shardings(mesh: Mesh, shapes: Any) -> Any:
+    """As `parameter_shardings`, but the matrices stay in the host's memory; `in_use` brings each one over."""
+
+    def place(path, sharding):
+        matrix = re.search(r"(kernel|embedding)$", path_name(path))
+        return sharding.with_memory_kind(HOST) if matrix else sharding
+
+    return jax.tree_util.tree_map_with_path(place, parameter_shardings(mesh, shapes))
+
+
+# Where the weights of models that are only read lie: `config.frozen.placement`.
+FROZEN_SHARDINGS: dict[str, Callable[[Mesh, Any], Any]] = {
+    "sharded": parameter_shardings,  # as those that are trained
+    "whole": _whole_shardings,
+    "host": _host_shardings,
+}
 
 
 def _cut(mesh_shape: Mapping[str, int], name: str, axes: Sequence[str], shape: Sequence[int]) -> list[str | None]:
@@ -122,11 +153,24 @@ def _cut(mesh_shape: Mapping[str, int], name: str, axes: Sequence[str], shape: S
     return cut
 
 
-def in_use(array: jax.Array, letters: str) -> jax.Array:
-    """Places an array where it is used, as `USE_AXES` says of its einsum letters; without a mesh nothing happens.
+def on_device(array: jax.Array) -> jax.Array:
+    """Brings an array over that lies in the host's memory."""
+    host = jax.typeof(array).memory_space == jax.memory.Space.Host
+    return jax.device_put(array, jax.memory.Space.Device) if host else array
+
+
+def in_use(array: jax.Array, letters: str, dtype: Any = None) -> jax.Array:
+    """Places an array where it is used, as `USE_AXES` says of its einsum letters; without a mesh it stays.
 
     A weight is gathered over `fsdp` here; a dimension that its mesh axes do not divide stays whole.
+
+    Args:
+        array: weights or activations.
+        letters: one a dimension.
+        dtype: what it is rounded to before it travels between devices; None = its own.
     """
+    array = on_device(array)
+    array = array if dtype is None else array.astype(dtype)
     mesh_shape = dict(jax.sharding.get_abstract_mesh().shape)
     if not mesh_shape:
         return array

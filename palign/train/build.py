@@ -1,7 +1,6 @@
 """From a config to everything that a run works with: sources, data, model, objective, compiled steps."""
 
 import dataclasses
-import functools
 import itertools
 import json
 from collections.abc import Callable, Mapping
@@ -27,13 +26,13 @@ from palign.objectives.readings import WEIGHTS, policy_sums, reference_sums
 from palign.objectives.registry import find_method, needs_of, resolve_methods
 from palign.sharding.mesh import CONTEXT_AXIS, TENSOR_AXIS, make_mesh, num_row_shards, to_global
 from palign.sharding.processes import is_main, local_rows
-from palign.sharding.rules import parameter_shardings
+from palign.sharding.rules import FROZEN_SHARDINGS
 from palign.train.cached import cache_hidden, cache_reference
 from palign.train.followers import EMA, followers_of
 from palign.train.kernel import choose_kernel
 from palign.train.matching import match_prompts
 from palign.train.metrics import add, say, to_floats
-from palign.train.models import check_models, load_start, with_factors
+from palign.train.models import check_models, frozen_kernel, load_start, with_factors
 from palign.train.optimizer import make_optimizer
 from palign.train.prepare import Prepared, has_preference, prepare, with_vocabulary
 from palign.train.sources import CONFIG, Source, find_source, load_source, without_value_head
@@ -172,8 +171,11 @@ def assemble(
     lm, trunk = (make_language_model(model, kernel) for model in (config.model, without_value_head(config.model)))
     settings, followers = config.objective, followers_of(config)
     trained, objective = with_factors(config, lm, objective_of(config, lm), sources)
-    places = parameter_shardings(mesh, jax.eval_shape(trunk.init, jax.random.key(0)))
-    load = functools.partial(load_source, lm=trunk, mesh=mesh, dtype=config.frozen.dtype)
+    places = FROZEN_SHARDINGS[config.frozen.placement](mesh, jax.eval_shape(trunk.init, jax.random.key(0)))
+
+    def load(source: Source) -> Any:
+        return jax.device_put(load_source(source, trunk, mesh, dtype=config.frozen.dtype), places)
+
     aux = {role: load(sources[role]) for role in sorted(objective.frozen - followers.keys())}
 
     def reference() -> Any:
@@ -188,8 +190,7 @@ def assemble(
     if settings.teachers == "cached":
         for role in sorted(aux.keys() - {BASE}):
             data = _with_cached_hidden(role, workdir, mesh, trunk, data, aux[role])
-            aux[role] = jax.jit(lambda params: trunk.unembed(params).kernel)(aux[role])
-            aux_places[role] = aux[role].sharding
+            aux[role], aux_places[role] = frozen_kernel(trunk, mesh, aux[role])
     tx, init_carry = make_optimizer(config.optimizer, data.train.num_steps), objective.init_carry
     start, moving = load_start(config, sources, trunk, mesh)
     state = init_state(mesh, trained, tx, seed=config.train.seed, params=start, init_carry=init_carry, models=moving)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, Sharding
 
 from palign.sharding.mesh import SHARED
+from palign.sharding.rules import on_device
 
 LANES = 4  # independent 32-bit sums
 
@@ -35,6 +36,7 @@ def _compile(sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
 
 
 def _sums(leaf: jax.Array) -> jax.Array:
+    leaf = on_device(leaf)
     bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
     place = jnp.zeros(leaf.shape, jnp.uint32)
     for axis, size in enumerate(leaf.shape):

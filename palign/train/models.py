@@ -1,15 +1,18 @@
 """The models of a run beside the policy: frozen ones, a LoRA base, those that follow the policy."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
-from palign.config.schema import RunConfig
+from palign.config.schema import FrozenConfig, RunConfig
 from palign.models.lora import add_lora
 from palign.models.protocol import LanguageModel, Params
 from palign.objectives.base import REFERENCE, Objective
 from palign.objectives.lora import BASE, with_base
+from palign.sharding.rules import parameter_shardings
 from palign.train.followers import followers_of
 from palign.train.sources import Source, load_policy, load_source
 
@@ -41,8 +44,9 @@ def check_models(config: RunConfig, reads: frozenset[str]) -> None:
         if config.lora.rank or config.model.value_head:
             raise ValueError(f"{key}: only a whole language model can be followed; use lora.rank=0, model.value_head=0")
     frozen = reads - followers_of(config).keys()
-    if config.frozen.dtype and not frozen and not config.lora.rank:
-        raise ValueError(f"config.frozen.dtype has no effect: {methods} reads no frozen model; remove it")
+    for name, value in dataclasses.asdict(config.frozen).items():
+        if value != getattr(FrozenConfig(), name) and not frozen and not config.lora.rank:
+            raise ValueError(f"config.frozen.{name} has no effect: {methods} reads no frozen model; remove it")
 
 
 def with_factors(
@@ -55,6 +59,16 @@ def with_factors(
     same = sources[REFERENCE] == sources[BASE] and config.objective.teachers == "live"
     shared = objective.frozen & {REFERENCE} if same else frozenset()
     return add_lora(lm, config.lora), with_base(objective, config.lora, shared)
+
+
+def frozen_kernel(lm: LanguageModel, mesh: Mesh, params: Params) -> tuple[Any, Any]:
+    """What the heads read of a model whose hidden states are cached, in its place on the mesh, and that place."""
+
+    def kernel(params: Params) -> dict[str, Any]:
+        return {"unembedding": lm.unembed(params).kernel}
+
+    places = parameter_shardings(mesh, jax.eval_shape(kernel, params))
+    return jax.jit(kernel, out_shardings=places)(params)["unembedding"], places["unembedding"]
 
 
 def load_start(

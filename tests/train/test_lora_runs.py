@@ -140,6 +140,7 @@ def test_a_reward_model_trains_its_head_and_factors_on_a_language_model(pairs, s
         (dict(lora={"alpha": 4.0}), r"config.lora.alpha = 4.0 has no effect while config.lora.rank = 0"),
         (dict(lora={"rank": 4, "targets": ["embedding"]}), r"config.lora.targets = .*: expected some of query, key"),
         (dict(frozen={"dtype": "bfloat16"}), r"config.frozen.dtype has no effect: sft reads no frozen model"),
+        (dict(frozen={"placement": "host"}), r"config.frozen.placement has no effect: sft reads no frozen model"),
         (dict(frozen={"dtype": "float16"}), r"config.frozen.dtype = 'float16': expected one of"),
         (dict(model={"param_dtype": "bfloat16"}), r"config.model.param_dtype = 'bfloat16': steps smaller than"),
     ],

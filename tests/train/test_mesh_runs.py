@@ -72,6 +72,29 @@ def test_a_run_on_any_mesh_is_the_run_of_one_device(settings, expected, mesh, tm
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lora", [{}, {"rank": 2}], ids=["reference", "base"])
+@pytest.mark.parametrize("placement", ["whole", "host"])
+def test_frozen_models_may_lie_elsewhere(settings, expected, placement, lora, tmp_path):
+    """On every device of `fsdp`, or in the host's memory; the numbers are those of one device."""
+    file, sections = settings
+    sections = sections | {"lora": lora}
+    if lora:
+        with one_device():
+            expected = five_steps(file, sections, tmp_path / "one")
+    elsewhere = sections | {"mesh": dict(fsdp=4, tensor=2), "frozen": {"placement": placement}}
+    with uncached():
+        made, _ = build(config(file, **elsewhere), tmp_path / "look")
+        _, losses, params = five_steps(file, elsewhere, tmp_path / "run")
+    np.testing.assert_allclose(losses, expected[1], rtol=1e-5)
+    assert largest_difference(params, expected[2]) < 1e-5
+    frozen = made.aux["base" if lora else "reference"]
+    kernel, norm = frozen["layers"]["mlp"]["up"]["kernel"], frozen["final_norm"]["scale"]
+    assert kernel.sharding.memory_kind == ("pinned_host" if placement == "host" else "device")
+    assert norm.sharding.memory_kind == "device"
+    assert kernel.sharding.spec[1] == (None if placement == "whole" else "fsdp") and kernel.sharding.spec[2] == "tensor"
+
+
+@pytest.mark.slow
 def test_key_heads_that_a_mesh_does_not_divide_are_said_to_be_whole(settings, tmp_path, capsys):
     file, sections = settings
     build(config(file, **sections, mesh={"data": 2, "tensor": 4}), tmp_path / "run")
