@@ -72,6 +72,19 @@ def test_a_run_on_any_mesh_is_the_run_of_one_device(settings, expected, mesh, tm
 
 
 @pytest.mark.slow
+def test_a_reward_model_on_a_mesh_of_all_axes_is_that_of_one_device(settings, tmp_path):
+    file, sections = settings
+    judged = sections | dict(objective={"loss_type": ["bradley_terry"], "reference": "none"}, reference_from="")
+    judged["model"] = judged["model"] | {"value_head": 1}
+    with one_device():
+        _, losses, params = five_steps(file, judged, tmp_path / "one")
+    with uncached():
+        _, found, others = five_steps(file, judged | {"mesh": dict(data=2, context=2, tensor=2)}, tmp_path / "run")
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
+    assert largest_difference(others, params) < 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [{}, {"rank": 2}], ids=["reference", "base"])
 @pytest.mark.parametrize("placement", ["whole", "host"])
 def test_frozen_models_may_lie_elsewhere(settings, expected, placement, lora, tmp_path):

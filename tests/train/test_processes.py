@@ -103,6 +103,7 @@ def runs(sources):
     sft, dpo, reverse = (str(sources / name) for name in ("sft", "dpo", "reverse"))
     distil = {"objective": {"loss_type": ["aligndistil"], "scale": 1.0}}
     teachers = {"init_from": sft, "teacher_from": dpo, "reverse_from": reverse, **distil}
+    live = {"init_from": sft, "reference_from": sft, "objective": {"loss_type": ["dpo"], "beta": 0.2}}
     return {
         "cached reference": {
             "init_from": sft,
@@ -112,19 +113,27 @@ def runs(sources):
         "cached teachers": teachers | {"objective": distil["objective"] | {"teachers": "cached"}},
         "on-policy": teachers | {"rollout": {"every": 1, "max_new_tokens": 8}},
         "micro-batches": {"data": {"rows_per_step": 8, "micro_batches": 2}},
+        "tensor": {**live, "mesh": {"data": 1, "fsdp": 2, "tensor": 2}},
+        "context": {**live, "mesh": {"data": 2, "context": 2}},
     }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("name", ["cached reference", "cached teachers", "on-policy", "micro-batches"])
+@pytest.mark.parametrize(
+    "name", ["cached reference", "cached teachers", "on-policy", "micro-batches", "tensor", "context"]
+)
 def test_every_kind_of_run_is_the_same_in_several_processes(name, processes, pairs, sources, tmp_path):
     more = dict(runs(sources)[name])
     data = {"eval_fraction": 0.2, "path": str(pairs)} | more.pop("data", {})
-    settings = plain(pairs, train=STEPS, data=data, mesh={"data": 2, "fsdp": 2}, **more)
+    mesh = more.pop("mesh", {"data": 2, "fsdp": 2})
+    settings = plain(pairs, train=STEPS, data=data, mesh=mesh, **more)
     done, parts = together(tmp_path / "some", settings, processes=processes, devices=4 // processes)
     assert done.returncode == 0, done.stderr
-    assert_same_run(tmp_path / "one", tmp_path / "some", alone(tmp_path / "one", settings, devices=4), parts)
+    alike = processes // (mesh["data"] * mesh.get("fsdp", 1)) or 1  # neighbours that hold parts of the same rows
+    ids = alone(tmp_path / "one", settings, devices=4)
+    assert_same_run(tmp_path / "one", tmp_path / "some", ids, parts[::alike])
+    assert all(parts[i] == parts[i - i % alike] for i in range(processes))
 
 
 @pytest.mark.slow
