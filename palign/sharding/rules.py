@@ -169,9 +169,12 @@ def in_use(array: jax.Array, letters: str, dtype: Any = None) -> jax.Array:
         letters: one a dimension.
         dtype: what it is rounded to before it travels between devices; None = its own.
     """
-    array = on_device(array)
-    array = array if dtype is None else array.astype(dtype)
     mesh_shape = dict(jax.sharding.get_abstract_mesh().shape)
+    array = on_device(array)
+    if dtype is not None and array.dtype != dtype:
+        array = array.astype(dtype)
+        if mesh_shape.get("fsdp", 1) > 1:
+            array = jax.lax.optimization_barrier(array)  # else XLA may gather first and round after
     if not mesh_shape:
         return array
 
