@@ -199,7 +199,9 @@ def _source(layout: Layout, target: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruc
     spec += [None] * (len(target.shape) - len(spec))
     cut = spec[len(target.shape) - len(layout.shape) :]
     cut = [cut[layout.inner], cut[0]] if layout.inner else cut[: len(layout.tensor_shape)]
-    whole = [axis if axis and n % mesh.shape[axis] == 0 else None for axis, n in zip(cut, layout.tensor_shape, strict=True)]
+    whole = [
+        axis if axis and n % mesh.shape[axis] == 0 else None for axis, n in zip(cut, layout.tensor_shape, strict=True)
+    ]
     return jax.ShapeDtypeStruct(layout.tensor_shape, target.dtype, sharding=NamedSharding(mesh, P(*whole)))
 
 

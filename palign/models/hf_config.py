@@ -90,7 +90,7 @@ def from_hf(given: Mapping[str, Any]) -> Described:
     """
     family, labels = _find_family(given)
     _check_keys(given, family, classifies=labels > 0)
-    values = DEFAULTS | family.defaults | given
+    values = {**DEFAULTS, **family.defaults, **given}
     sizes = {field: _value(values, key, type(getattr(ModelConfig(), field))) for key, field in FIELDS.items()}
     kinds = _layer_kinds(values, family, sizes["num_layers"])
     ropes = {kind: _rope(values, family, kind) for kind in set(kinds)}
@@ -186,7 +186,11 @@ def _window(values: Mapping[str, Any], family: Family) -> int:
 def _layer_kinds(values: Mapping[str, Any], family: Family, num_layers: int) -> list[str]:
     """Which kind of attention every layer has."""
     if (kinds := values.get("layer_types")) is not None:
-        if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in (FULL, SLIDING) for kind in kinds):
+        if (
+            not isinstance(kinds, list)
+            or len(kinds) != num_layers
+            or any(kind not in (FULL, SLIDING) for kind in kinds)
+        ):
             raise ValueError(
                 f"layer_types = {_short(kinds)}: expected {num_layers} times {FULL!r} or {SLIDING!r}, one for each layer"
             )
@@ -238,7 +242,7 @@ def computed(model: ModelConfig) -> ModelConfig:
     def over_layers(pattern: Sequence[Any]) -> tuple[Any, ...]:
         return shortest(pattern[layer % len(pattern)] for layer in range(model.num_layers))
 
-    plain = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name in RUN_FIELDS}
+    plain: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name in RUN_FIELDS}
     scalings = [scaling if scaling.factor != 1.0 else RopeScaling() for scaling in over_layers(model.rope_scalings)]
     return dataclasses.replace(
         model,

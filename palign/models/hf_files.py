@@ -163,7 +163,9 @@ def _check_entry(file: epath.Path, name: str, entry: Any) -> tuple[tuple[int, in
             f"{file}: {name!r} is {str(dtype)[:20]}; palign reads {', '.join(WIDTHS)}: save the model unquantised"
         )
     if offsets[1] - offsets[0] != math.prod(shape) * WIDTHS[dtype]:
-        raise ValueError(f"{file}: {name!r}: {shape} {dtype} are not the {offsets[1] - offsets[0]:,} bytes of its place")
+        raise ValueError(
+            f"{file}: {name!r}: {shape} {dtype} are not the {offsets[1] - offsets[0]:,} bytes of its place"
+        )
     return (offsets[0], offsets[1]), Tensor(file, tuple(shape), dtype)
 
 

@@ -193,6 +193,9 @@ def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     size = config.model.vocab_size or tokenizer.vocab_size
     if size < tokenizer.vocab_size:
         raise ValueError(
-            f"config.model.vocab_size = {size}: the tokenizer has {tokenizer.vocab_size} ids; use 0 for as many"
+            f"config.model.vocab_size = {size}: the tokenizer has {tokenizer.vocab_size} ids, and each needs a row of "
+            "the embedding; use 0 for a new model, enlarge one that you have by transformers' resize_token_embeddings"
         )
+    if size > tokenizer.vocab_size:
+        say(f"the model has {size:,} ids, of which the tokenizer uses {tokenizer.vocab_size:,}")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
