@@ -105,13 +105,14 @@ def _read_index(directory: epath.Path, index: epath.Path) -> dict[str, Tensor]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
         raise ValueError(f"{index}: expected weight_map, from names of tensors to names of files")
-    found: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
-        if not name.endswith(".safetensors"):
+    files = {name: inside(directory, name) for name in sorted(set(places.values()))}
+    for name, file in files.items():
+        if file.suffix != ".safetensors":
             raise ValueError(f"{index}: weight_map names {name!r}; expected files *.safetensors")
-        file = inside(directory, name)
         if not file.is_file():
-            raise ValueError(f"{index}: names {name!r}, which is not there; fetch the model again")
+            raise ValueError(f"{index}: weight_map names {name!r}, which is not there; fetch the model again")
+    found: dict[str, Tensor] = {}
+    for name, file in files.items():
         for tensor, entry in read_header(file).items():
             if places.get(tensor) != name:
                 raise ValueError(f"{file}: holds {tensor!r}, which {INDEX} places in {places.get(tensor, 'no file')!r}")
