@@ -186,13 +186,10 @@ def _window(values: Mapping[str, Any], family: Family) -> int:
 def _layer_kinds(values: Mapping[str, Any], family: Family, num_layers: int) -> list[str]:
     """Which kind of attention every layer has."""
     if (kinds := values.get("layer_types")) is not None:
-        if (
-            not isinstance(kinds, list)
-            or len(kinds) != num_layers
-            or any(kind not in (FULL, SLIDING) for kind in kinds)
-        ):
+        right = isinstance(kinds, list) and len(kinds) == num_layers
+        if not right or any(kind not in (FULL, SLIDING) for kind in kinds):
             raise ValueError(
-                f"layer_types = {_short(kinds)}: expected {num_layers} times {FULL!r} or {SLIDING!r}, one for each layer"
+                f"layer_types = {_short(kinds)}: expected {FULL!r} or {SLIDING!r} for each of {num_layers} layers"
             )
         return kinds
     if "max_window_layers" in family.keys and values["max_window_layers"] != 0:

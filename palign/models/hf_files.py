@@ -143,7 +143,7 @@ def read_header(file: epath.Path) -> dict[str, Tensor]:
         end = stop
     if end != size - 8 - length:
         raise ValueError(
-            f"{file}: the header describes {end:,} bytes of tensors, the file holds {size - 8 - length:,}; fetch it again"
+            f"{file}: the header describes {end:,} bytes of tensors, the file has {size - 8 - length:,}; fetch it again"
         )
     return {name: tensor for name, (_, tensor) in entries.items()}
 

@@ -198,7 +198,7 @@ class Loaded(NamedTuple):
 
 
 def load_run(name: str, *, mesh: Mesh | None = None) -> Loaded:
-    """Loads the model and tokenizer of a run's workdir (`@step`, `@last`, `@best` behind it) or a Hugging Face model."""
+    """Loads model and tokenizer of a run's workdir (`@step`, `@last`, `@best` behind it) or a Hugging Face model."""
     place, _, which = name.partition("@")
     source = Source(epath.Path(place), which or "last")
     config = read_config(source.workdir)

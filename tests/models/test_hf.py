@@ -13,12 +13,14 @@ import pytest
 import safetensors.numpy
 from etils import epath
 
+from palign.config.schema import LoraConfig
 from palign.data.tokenize import TokenTree
 from palign.heads.targets import finish_logits
 from palign.models import hf, hf_export
 from palign.models.hf import describe, load_weights
 from palign.models.hf_config import computed
-from palign.models.hf_export import export_model
+from palign.models.hf_export import export_adapter, export_model
+from palign.models.lora import add_lora, merge
 from palign.models.transformer import make_language_model
 from palign.sharding.mesh import make_mesh
 from palign.sharding.rules import parameter_shardings
@@ -75,7 +77,10 @@ def outputs(model, params):
     return np.asarray(run(params, rows()))
 
 
-@pytest.mark.parametrize("name", MODELS)
+SLOW = ("llama2", "llama_reward", "qwen3_reward")  # whose parts are all in others
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in MODELS])
 def test_a_model_computes_what_transformers_computes(name):
     found = outputs(describe(HF / name).model, load(HF / name))
     assert np.abs(EXPECTED[name]).max() > 0.5
@@ -172,3 +177,41 @@ def test_weights_of_another_model_are_refused_by_the_parameter():
         load(HF / "llama2", model)
     with pytest.raises(ValueError, match=r"parameter value_head/kernel is absent by its config.json and \(8, 1\) by"):
         load(HF / "llama2", dataclasses.replace(describe(HF / "llama2").model, value_head=1))
+
+
+def check_adapter(place, base, merged):
+    """That base and factors, put together as PEFT does, are the merged weights."""
+    settings = json.loads((place / "adapter_config.json").read_text())
+    scale, targets = settings["lora_alpha"] / settings["r"], {"down_proj", "o_proj", "q_proj"}
+    assert set(settings["target_modules"]) == targets
+    factors = safetensors.numpy.load_file(place / "adapter_model.safetensors")
+    for name, weight in base.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if module.rpartition(".")[2] in targets:
+            change = scale * factors.pop(f"{module}.lora_B.weight") @ factors.pop(f"{module}.lora_A.weight")
+            assert np.abs(change).max() > 1e-3
+            weight = weight + change
+        np.testing.assert_allclose(merged[name], weight, rtol=0, atol=1e-6)
+    return factors
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_reward"])
+def test_factors_are_exported_as_the_product_that_is_added_to_the_base(name, tmp_path):
+    described, lora = describe(HF / name), LoraConfig(rank=2, alpha=6.0, targets=("query", "output", "down"))
+    mesh = make_mesh(data=1, devices=jax.devices()[:1])
+    shapes = jax.eval_shape(add_lora(make_language_model(described.model), lora).init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    drawn = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype), shapes)
+    factors = jax.device_put(drawn, parameter_shardings(mesh, shapes))
+    adapter, merged = epath.Path(tmp_path / "adapter"), epath.Path(tmp_path / "merged")
+    for place in (adapter, merged):
+        place.mkdir()
+    export_adapter(adapter, described.model, lora, factors, {}, base="models/base")
+    export_model(merged, described.model, jax.jit(merge, static_argnums=2)(load(HF / name), factors, lora), {})
+    base = {k: v for k, v in tensors(HF / name).items() if k != "score.weight"}
+    left = check_adapter(adapter, base, tensors(merged))
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    if described.model.value_head:
+        assert settings["task_type"] == "SEQ_CLS" and settings["modules_to_save"] == ["score"]
+        np.testing.assert_array_equal(left.pop("base_model.model.score.weight"), tensors(merged)["score.weight"])
+    assert not left and settings["base_model_name_or_path"] == "models/base"

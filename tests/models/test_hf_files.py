@@ -80,7 +80,7 @@ BROKEN = {
         lambda p: rewrite(p, lambda f: f | {NORM: f[NORM].astype(np.int8)}),
         "'model.norm.weight' is I8; palign reads F32, BF16, F16: save the model unquantised",
     ),
-    "cut off": ("llama2", cut, "the header describes .* bytes of tensors, the file holds .*; fetch it again"),
+    "cut off": ("llama2", cut, "the header describes .* bytes of tensors, the file has .*; fetch it again"),
     "empty": ("llama2", lambda p: (p / "model.safetensors").write_bytes(b""), "0 bytes cannot hold a header"),
     "a header of 2^60 bytes": ("llama2", lambda p: write(p, {}, length=2**60), "cannot hold a header of"),
     "a header that is no JSON": ("llama2", lambda p: write(p, b"{]"), "header: not JSON that palign reads"),
@@ -95,7 +95,7 @@ BROKEN = {
     "offsets out of the file": (
         "llama2",
         lambda p: write(p, {"a": ONE | {"shape": [2], "data_offsets": [0, 8]}}, b"1234"),
-        "the header describes 8 bytes of tensors, the file holds 4",
+        "the header describes 8 bytes of tensors, the file has 4",
     ),
     "overlapping offsets": (
         "llama2",
