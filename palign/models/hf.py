@@ -1,7 +1,7 @@
 """Hugging Face models on disk: what they are, and their weights straight onto a mesh.
 
-Orbax reads of every file the bytes that this process's devices hold. A layer's matrices are turned and laid into the
-stacked parameters on the devices, a few layers at a time, so that little more than the parameters is ever in memory.
+Every process reads its share of each matrix. On the devices the matrices are turned and laid into the stacked
+parameters, a few layers at a time, so that little more than the parameters is ever in memory.
 """
 
 import functools
@@ -134,7 +134,7 @@ def load_weights(directory: epath.Path, targets: Any) -> Params:
     stored = layouts(described, flat)
     layers = {path: target for path, target in flat.items() if path.startswith("layers/")}
     loaded = _load_layers(files, stored, layers)
-    for path in flat.keys() - layers.keys():
+    for path in sorted(flat.keys() - layers.keys()):  # in one order in all processes
         layout, target = stored[path], flat[path]
         (tensor,) = _read(files, {layout.names[0]: _source(layout, target)}).values()
         loaded[path] = jax.jit(layout.to_parameter, static_argnums=1, out_shardings=target.sharding)(
@@ -194,15 +194,14 @@ def _load_layers(
 
 
 def _source(layout: Layout, target: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """A tensor in the type of its parameter, and cut as it is: to lay it in then moves nothing between devices."""
-    mesh, spec = target.sharding.mesh, list(target.sharding.spec)
-    spec += [None] * (len(target.shape) - len(spec))
-    cut = spec[len(target.shape) - len(layout.shape) :]
-    cut = [cut[layout.inner], cut[0]] if layout.inner else cut[: len(layout.tensor_shape)]
-    whole = [
-        axis if axis and n % mesh.shape[axis] == 0 else None for axis, n in zip(cut, layout.tensor_shape, strict=True)
-    ]
-    return jax.ShapeDtypeStruct(layout.tensor_shape, target.dtype, sharding=NamedSharding(mesh, P(*whole)))
+    """A tensor in the type of its parameter, its rows dealt to the devices that the parameter is cut over.
+
+    Rows lie side by side in a file, columns do not: cut as the parameter is, every process would read all of it.
+    """
+    mesh, axes = target.sharding.mesh, tuple(axis for axis in target.sharding.spec if axis)
+    whole = layout.tensor_shape[0] % math.prod(mesh.shape[axis] for axis in axes) != 0
+    place = NamedSharding(mesh, P() if whole else P(axes or None))
+    return jax.ShapeDtypeStruct(layout.tensor_shape, target.dtype, sharding=place)
 
 
 def _read(files: Mapping[str, Tensor], targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

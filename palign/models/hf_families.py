@@ -1,7 +1,7 @@
 """The architectures of Hugging Face models that palign computes: what each fixes, and its names.
 
-A row says which settings of `ModelConfig` the architecture stands for, which keys of `config.json` it reads beside those
-that all read, what they are where the file leaves them out, and which tensor holds which parameter.
+A row says which settings of `ModelConfig` the architecture stands for, which keys of `config.json` it reads beside
+those that all read, what they are where the file leaves them out, and which tensor holds which parameter.
 """
 
 from collections.abc import Mapping

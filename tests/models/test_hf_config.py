@@ -121,8 +121,16 @@ def test_both_spellings_are_the_same_model_and_so_is_what_is_written(name):
         ("llama2", {"hidden_size": None}, "hidden_size = None: expected a whole number"),
         ("llama2", {"tie_word_embeddings": 1}, "tie_word_embeddings = 1: expected true or false"),
         ("llama2", {"num_key_value_heads": 3}, "num_key_heads = 3: expected a divisor"),
-        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types = .*: expected 'full_attention' or 'sliding_attention' for each of 2"),
-        ("qwen2", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types = .*: expected 'full_attention' or"),
+        (
+            "qwen2",
+            {"layer_types": ["full_attention"]},
+            "layer_types = .*: expected 'full_attention' or 'sliding_attention' for each of 2",
+        ),
+        (
+            "qwen2",
+            {"layer_types": ["full_attention", "linear_attention"]},
+            "layer_types = .*: expected 'full_attention' or",
+        ),
         ("llama_reward", {"id2label": {"0": "a", "1": "b"}}, "id2label = .*: a reward model has one label"),
         ("llama_reward", {"id2label": None}, "a reward model has one label"),
     ],
@@ -140,9 +148,7 @@ def test_a_missing_size_is_named():
 
 
 def test_a_model_that_no_architecture_computes_is_refused_with_the_nearest():
-    with pytest.raises(
-        ValueError, match=r"the nearest is LlamaForCausalLM, which differs in config.model.norms"
-    ):
+    with pytest.raises(ValueError, match=r"the nearest is LlamaForCausalLM, which differs in config.model.norms"):
         to_hf(ModelConfig(vocab_size=50, norms_per_layer=4))
     with pytest.raises(ValueError, match=r"the nearest is Qwen2ForCausalLM, which differs in config.model.qk_norm"):
         to_hf(ModelConfig(vocab_size=50, attention_bias=True, qk_norm=True, windows=(3, 0)))

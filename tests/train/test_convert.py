@@ -1,7 +1,10 @@
 """Runs that start from Hugging Face models, and go back to them."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from unittest import mock
 
 import jax
@@ -10,6 +13,8 @@ import pytest
 import tokenizers
 from etils import epath
 
+from palign.cli import app
+from palign.cli import convert as convert_command
 from palign.models.hf import describe, load_weights
 from palign.models.hf_config import computed
 from palign.sharding.mesh import make_mesh
@@ -150,9 +155,18 @@ def test_a_run_of_no_model_of_hugging_faces_is_exported_with_what_it_knows(dpo, 
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"model": {"num_layers": 3}}, r"config.model.num_layers = 3: the model in .* \(config.init_from\) has 2; leave"),
-        ({"reference_from": "gemma"}, r"config.reference_from: the model in .* has rope_bases = .*; all models of a run"),
-        ({"init_from": "larger", "reference_from": "larger"}, r"config.model.vocab_size = 21: the tokenizer has 22 ids, and each needs"),
+        (
+            {"model": {"num_layers": 3}},
+            r"config.model.num_layers = 3: the model in .* \(config.init_from\) has 2; leave",
+        ),
+        (
+            {"reference_from": "gemma"},
+            r"config.reference_from: the model in .* has rope_bases = .*; all models of a run",
+        ),
+        (
+            {"init_from": "larger", "reference_from": "larger"},
+            r"config.model.vocab_size = 21: the tokenizer has 22 ids, and each needs",
+        ),
         ({"init_from": "llama@best"}, "a Hugging Face model has no checkpoints; leave @best out"),
         ({"init_from": "org/name"}, "neither a stage nor .* nor the directory of a Hugging Face model"),
     ],
@@ -197,3 +211,24 @@ def test_weights_can_be_loaded_for_one_device_by_name(llama):
     assert loaded.config.objective.loss_type == ("sft",) and loaded.tokenizer.eos_id == 2
     targets = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), loaded.params)
     same(loaded.params, load_weights(llama, targets))
+
+
+@pytest.mark.slow
+def test_two_processes_convert_there_and_back(llama, tmp_path):
+    python = [sys.executable, "-m"]
+    command = [*python, "palign.cli.launch", "--processes=2", "--devices=2", "--", *python, "palign.cli.convert"]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    for source, to in ((llama, tmp_path / "base"), (tmp_path / "base", tmp_path / "back")):
+        told = [*command, f"--from={source}", f"--to={to}"]
+        done = subprocess.run(told, cwd=HF.parents[2], env=environment, capture_output=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr.decode()[-2000:]
+    found, wanted = tensors(epath.Path(tmp_path / "back")), tensors(llama)
+    assert {k: v.tobytes() for k, v in found.items()} == {k: v.tobytes() for k, v in wanted.items()}
+
+
+def test_the_command_prints_a_table_or_one_line(llama, tmp_path, capsys):
+    assert app.run(convert_command.main, [f"--from={llama}", f"--to={tmp_path / 'out'}"]) == 0
+    out = capsys.readouterr().out.split()
+    assert out[:8] == "architecture tensors parameters MB seconds LlamaForCausalLM 21 1,336".split()
+    assert app.run(convert_command.main, [f"--from={llama}", f"--to={tmp_path / 'out'}"]) == app.USER_ERROR
+    assert capsys.readouterr().err.startswith(f"palign: error: --to={tmp_path / 'out'}: is there already")
