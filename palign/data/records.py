@@ -1,14 +1,28 @@
 """One preference example as text: a prompt, its responses, and what somebody thought of each."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 MAX_FLOAT32 = 3.4028234663852886e38
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class Message(NamedTuple):
+    """One turn of a conversation; the model's chat template writes it out."""
+
+    role: str  # one of ROLES
+    content: str
+
+
+Text = str | tuple[Message, ...]
+
+
 class Record(NamedTuple):
     """A prompt and K >= 1 responses with their scores. K=1 is SFT or a thumbs-up, K=2 a pair, K>2 a ranked list.
+
+    All texts are strings, or all are conversations: then a response's messages follow the prompt's.
 
     Attributes:
         prompt: the text before every response; may be empty.
@@ -18,8 +32,8 @@ class Record(NamedTuple):
         where: "file:line", for error messages.
     """
 
-    prompt: str
-    responses: tuple[str, ...]
+    prompt: Text
+    responses: tuple[Text, ...]
     scores: tuple[float, ...]
     id: int
     where: str
@@ -29,8 +43,8 @@ def make_record(prompt: Any, responses: Any, scores: Any, id: int, where: str) -
     """Checks one example and returns it as a `Record`.
 
     Args:
-        prompt: a string.
-        responses: a list or tuple of K >= 1 strings.
+        prompt: a string, or a list of messages `{"role": ..., "content": ...}`.
+        responses: a list or tuple of K >= 1 of the same kind.
         scores: a list or tuple of K finite numbers, higher is better.
         id: the record's number in its source, >= 0.
         where: "file:line".
@@ -51,6 +65,8 @@ def make_record(prompt: Any, responses: Any, scores: Any, id: int, where: str) -
         raise ValueError(f"{where}: {len(responses)} responses but {len(scores)} scores; expected one score for each")
     texts = tuple(_text(response, f"response {k}", where) for k, response in enumerate(responses, 1))
     numbers = tuple(number(score, f"score {k}", where) for k, score in enumerate(scores, 1))
+    if len({isinstance(text, str) for text in (prompt, *texts)}) > 1:
+        raise ValueError(f"{where}: prompt and responses mix strings with lists of messages; expected all of one kind")
     if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < 2**31:
         raise ValueError(f"{where}: id is {_show(id)}; expected an integer from 0 to 2^31 - 1")
     return Record(prompt, texts, numbers, id, where)
@@ -87,12 +103,22 @@ def number(value: Any, name: str, where: str) -> float:
     return result
 
 
-def _text(value: Any, name: str, where: str) -> str:
-    if isinstance(value, Sequence) and not isinstance(value, str) and value and isinstance(value[0], dict):
-        raise ValueError(
-            f"{where}: {name} is a list of messages; expected a string: write the conversation out with the model's "
-            "chat template first"
-        )
+def _text(value: Any, name: str, where: str) -> Text:
+    if isinstance(value, list | tuple):
+        return tuple(_message(turn, f"{name}, message {n}", where) for n, turn in enumerate(value, 1))
+    return _string(value, name, where)
+
+
+def _message(turn: Any, name: str, where: str) -> Message:
+    if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
+        shown = f"an object of {', '.join(map(str, turn))}" if isinstance(turn, dict) else _show(turn)
+        raise ValueError(f'{where}: {name} is {shown}; expected {{"role": ..., "content": ...}}')
+    if turn["role"] not in ROLES:
+        raise ValueError(f"{where}: {name} has role {_show(turn['role'])}; expected one of {', '.join(ROLES)}")
+    return Message(turn["role"], _string(turn["content"], name, where))
+
+
+def _string(value: Any, name: str, where: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where}: {name} is {_show(value)}; expected a string")
     try:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from palign.data.records import Record
+from palign.data.records import Record, Text
 from palign.data.tokenizers import Tokenizer
 
 
@@ -118,8 +118,11 @@ def tokenize_record(record: Record, tokenizer: Tokenizer) -> TokenTree:
         without BOS), the first token is the prompt if all K share it; otherwise the prompt is left empty for the
         caller to drop.
     """
-    alone = np.asarray(tokenizer.encode(record.prompt), np.int32)
-    joint = [np.asarray(tokenizer.encode(record.prompt + response), np.int32) for response in record.responses]
+    alone = np.asarray(tokenizer.encode(_plain(record.prompt, record)), np.int32)
+    joint = [
+        np.asarray(tokenizer.encode(_plain(record.prompt, record) + _plain(response, record)), np.int32)
+        for response in record.responses
+    ]
     split = min(_common_prefix(alone, ids) for ids in joint)
     begin = _begin(joint, tokenizer.bos_id)
     if not begin.size and split == 0 and all(ids.size for ids in joint) and len({int(ids[0]) for ids in joint}) == 1:
@@ -128,6 +131,12 @@ def tokenize_record(record: Record, tokenizer: Tokenizer) -> TokenTree:
     responses = tuple(_ended(ids[split:], end) for ids in joint)
     scores = tuple(np.asarray(record.scores, np.float32).tolist())
     return TokenTree(np.concatenate([begin, joint[0][:split]]), responses, scores, record.id)
+
+
+def _plain(text: Text, record: Record) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"{record.where}: a conversation; write it out with the model's chat template first")
+    return text
 
 
 def _begin(joint: list[np.ndarray], bos_id: int | None) -> np.ndarray:

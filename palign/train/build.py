@@ -32,10 +32,10 @@ from palign.train.followers import EMA, followers_of
 from palign.train.kernel import choose_kernel
 from palign.train.matching import match_prompts
 from palign.train.metrics import add, say, to_floats
-from palign.train.models import check_models, frozen_kernel, load_start, with_factors
+from palign.train.models import SIZES, check_models, frozen_kernel, load_start, with_factors, with_sizes
 from palign.train.optimizer import make_optimizer
 from palign.train.prepare import Prepared, has_preference, prepare, with_vocabulary
-from palign.train.sources import CONFIG, Source, find_source, load_source, without_value_head
+from palign.train.sources import CONFIG, Source, find_source, keep_origin, load_source, without_value_head
 from palign.train.state import TrainState, init_state, state_shardings
 from palign.train.step import make_eval_step, make_train_step
 from palign.types import Batch, Mean
@@ -65,6 +65,7 @@ def build(config: RunConfig, workdir: epath.Path) -> tuple[Run, TrainState]:
     check_config(config)
     check_same_config(config, workdir)
     sources = find_sources(config, workdir)
+    config = with_sizes(config, sources)
     workdir.mkdir(parents=True, exist_ok=True)
     data = prepare(config, workdir, next((source.workdir for source in sources.values()), None))
     _check_tokenizers(data.tokenizer, sources)
@@ -76,6 +77,8 @@ def build(config: RunConfig, workdir: epath.Path) -> tuple[Run, TrainState]:
     made, state = assemble(config, workdir, mesh, data, sources)
     _check_best_metric(made, state)
     if is_main():
+        for source in list(sources.values())[:1]:
+            keep_origin(source, workdir)
         (workdir / CONFIG).write_text(json.dumps(to_plain(config), indent=1))  # last: what was refused has not begun
     return made, state
 
@@ -97,7 +100,10 @@ def check_same_config(config: RunConfig, workdir: epath.Path) -> None:
     if not (workdir / CONFIG).is_file():
         return
     before, now = json.loads((workdir / CONFIG).read_text()), json.loads(json.dumps(to_plain(config)))
-    now["model"]["vocab_size"] = now["model"]["vocab_size"] or before["model"]["vocab_size"]  # 0: the tokenizer's
+    sources = config.init_from or config.sources
+    for name in SIZES if sources else ("vocab_size",):  # what is left out is the model's that it starts from
+        if getattr(config.model, name) == SIZES[name]:
+            now["model"][name] = before["model"][name]
     if before != now:
         raise ValueError(
             f"{workdir}: began with another config ({_first_difference(before, now)}); take the old value back, or "

@@ -96,6 +96,12 @@ def _with_items(state: TrainState, items: Mapping[str, Any]) -> TrainState:
     return state._replace(params=items["params"], carry=items.get("carry", {}), models=models)
 
 
+def save_params(workdir: epath.Path, params: Any) -> None:
+    """Saves weights that no run trained, as step 0."""
+    with ocp.training.Checkpointer(absolute(workdir / FOLDER)) as orbax:
+        orbax.save_checkpointables(0, {"params": params})
+
+
 def load_params(workdir: epath.Path, which: str, shapes: Any) -> Any:
     """Loads a finished or running run's weights.
 

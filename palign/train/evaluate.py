@@ -5,6 +5,7 @@ import dataclasses
 import jax
 from etils import epath
 
+from palign.models.hf import is_hf
 from palign.objectives.lora import BASE
 from palign.sharding.mesh import make_mesh
 from palign.train.build import assemble, evaluate, find_sources
@@ -30,6 +31,8 @@ def evaluate_run(name: str, path: str = "") -> dict[str, float]:
     place, _, which = name.partition("@")
     workdir = epath.Path(place)
     config = read_config(workdir)
+    if is_hf(workdir):
+        raise ValueError(f"{workdir}: not the workdir of a run; make it one with palign.cli.convert --from={workdir}")
     if config.objective.reference == "cached":  # one pass: nothing to save by caching
         config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, reference="live"))
     if path:

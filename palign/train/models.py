@@ -1,4 +1,4 @@
-"""The models of a run beside the policy: frozen ones, a LoRA base, those that follow the policy."""
+"""The models of a run beside the policy: frozen ones, a LoRA base, those that follow the policy. And their sizes."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,14 +7,49 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from palign.config.schema import FrozenConfig, RunConfig
+from palign.config.schema import FrozenConfig, ModelConfig, RunConfig
+from palign.models.hf_config import RUN_FIELDS, computed
 from palign.models.lora import add_lora
 from palign.models.protocol import LanguageModel, Params
 from palign.objectives.base import REFERENCE, Objective
 from palign.objectives.lora import BASE, with_base
 from palign.sharding.rules import parameter_shardings
 from palign.train.followers import followers_of
-from palign.train.sources import Source, load_policy, load_source
+from palign.train.sources import Source, load_policy, load_source, read_config
+
+# What a run that starts from a model takes from it; the rest is how a run computes, and its own.
+SIZES = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name not in (*RUN_FIELDS, "value_head")}
+
+
+def with_sizes(config: RunConfig, sources: Mapping[str, Source]) -> RunConfig:
+    """Takes from the model that a run starts from, or reads, what `config.model` leaves at its defaults.
+
+    Raises:
+        ValueError: the config says something else than that model.
+    """
+    if not sources:
+        return config
+    role = "init" if "init" in sources else next(iter(sources))
+    workdir = sources[role].workdir
+    stored = read_config(workdir).model
+    for name, default in SIZES.items():
+        given, there = getattr(config.model, name), getattr(stored, name)
+        if given not in (default, there):
+            raise ValueError(
+                f"config.model.{name} = {given!r}: the model in {workdir} (config.{role}_from) has {there!r}; leave it "
+                "out, and the run takes it from there"
+            )
+    model = dataclasses.replace(config.model, **{name: getattr(stored, name) for name in SIZES})
+    for role, source in sources.items():
+        other = dataclasses.replace(read_config(source.workdir).model, value_head=model.value_head)
+        for name in SIZES:
+            ours, theirs = (getattr(computed(m), name) for m in (model, other))
+            if ours != theirs:
+                raise ValueError(
+                    f"config.{role}_from: the model in {source.workdir} has {name} = {theirs!r}, this run's {ours!r}; "
+                    "all models of a run are of one architecture and size"
+                )
+    return dataclasses.replace(config, model=model)
 
 
 def check_models(config: RunConfig, reads: frozenset[str]) -> None:

@@ -13,7 +13,7 @@ from palign.data.loader import Dataset
 from palign.data.pack import RowShape, row_shape
 from palign.data.plan import fill_ratio, fit_trees, plan_epochs, plan_evaluation, plan_padded, row_needs
 from palign.data.readers import read_records
-from palign.data.records import Record, best_response
+from palign.data.records import Record, Text, best_response
 from palign.data.tokenize import TokenTree, add_mismatched, tokenize_records
 from palign.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
 from palign.objectives.registry import find_method
@@ -106,7 +106,7 @@ def _read(path: str, data: DataConfig) -> list[Record]:
     return [RECORDS[data.records](record) for record in records]
 
 
-def _share(prompt: str, seed: int) -> float:
+def _share(prompt: Text, seed: int) -> float:
     """A number in [0, 1) that depends on the prompt and the seed alone."""
     return int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:8], "big") / 2**64
 
@@ -123,7 +123,7 @@ def _find_tokenizer(config, workdir, inherited, records: Sequence[Record]) -> To
     for place in (workdir, config.tokenizer.path, inherited):
         if place and (place != workdir or (workdir / CONFIG).is_file()):  # a run that was refused left no config
             return load_tokenizer(place)
-    texts = [record.prompt + response for record in records for response in record.responses]
+    texts = [str(record.prompt) + str(response) for record in records for response in record.responses]
     c = config.tokenizer
     tokenizer = train_sentencepiece(texts, vocab_size=c.vocab_size, model_type=c.model_type)
     say(f"tokenizer: trained a {c.model_type} model of {tokenizer.vocab_size} pieces on {len(texts)} texts")
@@ -193,6 +193,9 @@ def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     size = config.model.vocab_size or tokenizer.vocab_size
     if size < tokenizer.vocab_size:
         raise ValueError(
-            f"config.model.vocab_size = {size}: the tokenizer has {tokenizer.vocab_size} ids; use 0 for as many"
+            f"config.model.vocab_size = {size}: the tokenizer has {tokenizer.vocab_size} ids, and each needs a row of "
+            "the embedding; use 0 for a new model, enlarge one that you have by transformers' resize_token_embeddings"
         )
+    if size > tokenizer.vocab_size:
+        say(f"the model has {size:,} ids, of which the tokenizer uses {tokenizer.vocab_size:,}")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))

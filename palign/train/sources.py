@@ -1,4 +1,7 @@
-"""Where models come from: a stage's name, a run's workdir, `@step`, `@last`, `@best` or `@ema` behind either."""
+"""Where models come from: a stage's name, a run's workdir, `@step`, `@last`, `@best` or `@ema` behind either.
+
+Or the directory of a Hugging Face model, which reads as a run that was left with these weights.
+"""
 
 import dataclasses
 import json
@@ -9,8 +12,10 @@ from etils import epath
 from jax.sharding import Mesh
 
 from palign.config.load import resolve_run
-from palign.config.schema import ModelConfig, RunConfig
+from palign.config.schema import ModelConfig, ObjectiveConfig, RunConfig, TokenizerConfig
 from palign.data.tokenizers import Tokenizer, load_tokenizer
+from palign.models.hf import describe, is_hf, load_weights
+from palign.models.hf_files import inside
 from palign.models.lora import add_lora, merge
 from palign.models.protocol import LanguageModel
 from palign.models.transformer import make_language_model
@@ -22,10 +27,16 @@ from palign.train.digest import digest
 from palign.train.followers import EMA
 
 CONFIG = "config.json"
+ORIGIN = "hf"  # folder of a workdir: the small files of the Hugging Face model that its run began from
+ORIGIN_FILES = (
+    CONFIG,
+    *("generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"),
+    *("special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
 
 
 class Source(NamedTuple):
-    """A run's workdir and which of its checkpoints."""
+    """A run's workdir and which of its checkpoints; or the directory of a Hugging Face model."""
 
     workdir: epath.Path
     which: str
@@ -41,29 +52,39 @@ def find_source(name: str, key: str, workdir: epath.Path) -> Source:
     """Looks a source up.
 
     Args:
-        name: a sibling stage of `workdir`, or a workdir; either with `@step`, `@last` (the default) or `@best`.
+        name: a sibling stage of `workdir`, or a workdir; either with `@step`, `@last` (the default) or `@best`. Or the
+            directory of a Hugging Face model.
         key: the config key that names it, for the message.
         workdir: of the run that reads it.
 
     Raises:
-        ValueError: neither a stage nor a directory with a run in it.
+        ValueError: neither a stage nor a directory with a run or a model in it.
     """
     place, _, which = name.partition("@")
     stages = sibling_stages(workdir)
     found = stages.get(place, epath.Path(place))
     if not (found / CONFIG).is_file():
         known = f"stages here: {', '.join(stages)}" if stages else "there are no stages here"
-        raise ValueError(f"config.{key} = {name!r}: neither a stage nor the workdir of a run ({known})")
+        raise ValueError(
+            f"config.{key} = {name!r}: neither a stage nor the workdir of a run ({known}), nor the directory of a "
+            f"Hugging Face model (with a {CONFIG})"
+        )
+    if which and is_hf(found):
+        raise ValueError(f"config.{key} = {name!r}: a Hugging Face model has no checkpoints; leave @{which} out")
     return Source(found, which or "last")
 
 
 def read_config(workdir: epath.Path) -> RunConfig:
-    """The resolved config of a run.
+    """The resolved config of a run; of a Hugging Face model that of one which could have left it.
 
     Raises:
-        ValueError: the directory holds no run.
+        ValueError: the directory holds neither.
     """
     file = workdir / CONFIG
+    if is_hf(workdir):
+        model = describe(workdir).model
+        objective = ObjectiveConfig(loss_type=("bradley_terry" if model.value_head else "sft",), reference="none")
+        return RunConfig(model=model, tokenizer=TokenizerConfig(path=str(workdir)), objective=objective)
     if not file.is_file():
         stages = ", ".join(str(d) for d in sorted(workdir.glob("[0-9][0-9]-*")))
         hint = f"its stages are {stages}" if stages else "train one, or name another"
@@ -103,6 +124,8 @@ def _load(source: Source, lm: LanguageModel, mesh: Mesh, dtype: str) -> Any:
         return jax.ShapeDtypeStruct(shape.shape, dtype or shape.dtype, sharding=place)
 
     targets = jax.tree.map(target, shapes, parameter_shardings(mesh, shapes))
+    if is_hf(source.workdir):
+        return load_weights(source.workdir, targets)
     return load_params(source.workdir, source.which, targets)
 
 
@@ -134,6 +157,21 @@ def check_base(source: Source, found: str) -> None:
         )
 
 
+def load_factors(source: Source, mesh: Mesh) -> Any:
+    """Loads what a LoRA run trained, without its base."""
+    config = read_config(source.workdir)
+    return _load(source, add_lora(make_language_model(config.model), config.lora), mesh, "")
+
+
+def keep_origin(source: Source, workdir: epath.Path) -> None:
+    """Copies the small files of the Hugging Face model that a source is, or grew from: an export needs them."""
+    origin = source.workdir if is_hf(source.workdir) else source.workdir / ORIGIN
+    for name in ORIGIN_FILES:
+        if (origin / name).is_file():
+            (workdir / ORIGIN).mkdir(parents=True, exist_ok=True)
+            (workdir / ORIGIN / name).write_bytes(inside(origin, name).read_bytes())
+
+
 def without_value_head(model: ModelConfig) -> ModelConfig:
     """The language model alone."""
     return dataclasses.replace(model, value_head=0)
@@ -160,7 +198,7 @@ class Loaded(NamedTuple):
 
 
 def load_run(name: str, *, mesh: Mesh | None = None) -> Loaded:
-    """Loads the model and tokenizer of a run's workdir (`@step`, `@last`, `@best` behind it)."""
+    """Loads model and tokenizer of a run's workdir (`@step`, `@last`, `@best` behind it) or a Hugging Face model."""
     place, _, which = name.partition("@")
     source = Source(epath.Path(place), which or "last")
     config = read_config(source.workdir)
