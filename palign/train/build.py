@@ -35,7 +35,7 @@ from palign.train.matching import match_prompts
 from palign.train.metrics import add, say, to_floats
 from palign.train.models import check_models, load_start, with_factors
 from palign.train.optimizer import make_optimizer
-from palign.train.prepare import Prepared, has_preference, prepare, with_vocabulary
+from palign.train.prepare import Prepared, data_key, has_preference, prepare, with_vocabulary
 from palign.train.sources import CONFIG, Source, find_source, load_source, without_value_head
 from palign.train.state import TrainState, init_state, state_shardings
 from palign.train.step import make_eval_step, make_train_step
@@ -118,7 +118,7 @@ def _check_preferences(config: RunConfig, data: Prepared) -> None:
     comparing = [name for name in config.objective.loss_type if find_method(name).compares]
     if comparing and not any(has_preference(tree) for tree in data.train.trees):
         raise ValueError(
-            f"config.data.path = {config.data.path!r}: no record has two responses of different scores, so "
+            f"{data_key(config.data)}: no record has two responses of different scores, so "
             f"{', '.join(comparing)} would learn nothing; give it pairs or lists, or train with loss_type=('sft',)"
         )
 
