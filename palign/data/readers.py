@@ -71,15 +71,12 @@ def read_records(
             if bad_records == "error":
                 raise
             reader.counts[f"skipped/{error.reason}"] += 1
-    del reader.records[limit:]
-    if not reader.records:
-        found = ", ".join(f"{count} {name}" for name, count in sorted(reader.counts.items()) if count)
-        raise ValueError(
-            f"{path}: no record is left ({found}); expected one JSON object, or one row of a table, a record"
-        )
-    reader.counts["records"] = len(reader.records)
-    reader.counts["responses"] = sum(len(record.responses) for record in reader.records)
-    return reader.records, dict(reader.counts)
+    records, counts = reader.records[:limit], reader.counts
+    if not records:
+        found = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()) if count)
+        raise ValueError(f"{path}: no record is left ({found}); expected one JSON object, or table row, for each")
+    responses = sum(len(record.responses) for record in records)
+    return records, dict(counts) | {"records": len(records), "responses": responses}
 
 
 class _Reader:
