@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 Row = dict[str, Any]
@@ -55,10 +56,11 @@ def read_array_record(path: epath.Path) -> Iterator[bytes]:
     try:
         for _ in range(reader.num_records()):
             yield reader.read()
-        if not reader.ok():
-            raise ValueError(f"{path}: not an ArrayRecord file, or damaged; make or fetch it again")
-    finally:
-        reader.close()
+        reader.close()  # says what went wrong, even when it was opened
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"{path}: no ArrayRecord file, or damaged ({_first_line(error)}); make or fetch it again"
+        ) from None
 
 
 def read_tfds(name: str) -> Iterator[Row]:
@@ -143,8 +145,9 @@ def _plain(feature: Any, value: Any) -> Any:
             value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
         return [_plain(feature.feature, item) for item in value]
     # What is no UTF-8 becomes half surrogates, which records refuse with their place.
-    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else value.tolist()
+    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else np.asarray(value).tolist()
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return "".join(c if c.isprintable() else "?" for c in line)
