@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from palign.config.load import to_plain
 from palign.config.schema import ObjectiveConfig, RunConfig
+from palign.data.formats import FORMATS
 from palign.data.loader import Dataset, batches
 from palign.data.tokenizers import Tokenizer, load_tokenizer
 from palign.eval import diagnostics
@@ -70,6 +71,7 @@ def build(config: RunConfig, workdir: epath.Path) -> tuple[Run, TrainState]:
     data = prepare(config, workdir, next((source.workdir for source in sources.values()), None))
     _check_tokenizers(data.tokenizer, sources)
     _check_preferences(config, data)
+    _check_ratings(config, data)
     config = with_vocabulary(config, data.tokenizer)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     check_rows(config, mesh)
@@ -121,6 +123,12 @@ def _check_preferences(config: RunConfig, data: Prepared) -> None:
             f"{data_key(config.data)}: no record has two responses of different scores, so "
             f"{', '.join(comparing)} would learn nothing; give it pairs or lists, or train with loss_type=('sft',)"
         )
+
+
+def _check_ratings(config: RunConfig, data: Prepared) -> None:
+    rated = [format.name for format in FORMATS if format.weights]
+    if config.data.score_weights and not any(data.counts.get(f"format/{name}") for name in rated):
+        raise ValueError(f"config.data.score_weights has no effect: no data is {' or '.join(rated)}; remove it")
 
 
 def _check_tokenizers(tokenizer: Tokenizer, sources: Mapping[str, Source]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,6 @@ import numpy as np
 from etils import epath
 
 from palign.config.schema import DataConfig, RunConfig
-from palign.data.formats import FORMATS
 from palign.data.grouping import group_pairs
 from palign.data.loader import Dataset
 from palign.data.mixture import Mixture
@@ -33,6 +33,7 @@ class Prepared(NamedTuple):
     tokenizer: Tokenizer
     train: Dataset
     evals: dict[str, Dataset]
+    counts: Mapping[str, int]  # of everything that was read, see `read_records`
 
 
 def _each(change: Callable[[Record], Record]) -> Callable[[Sequence[Record]], tuple[list[Record], dict[str, int]]]:
@@ -64,7 +65,7 @@ def prepare(config: RunConfig, workdir: epath.Path, inherited: epath.Path | None
         ValueError: no data, bad data, or examples that do not fit a row.
     """
     data = config.data
-    sets = read_sets(data)
+    sets, counts = _read_all(data)
     source_of = {record.id: record.source for record in sets["train"]}
     if config.rollout.every:
         sets["train"] = [record._replace(responses=("",), scores=(0.0,)) for record in sets["train"]]
@@ -85,7 +86,7 @@ def prepare(config: RunConfig, workdir: epath.Path, inherited: epath.Path | None
         block=data.block,
     )
     made = {name: _plan(name, part, shape, config, source_of) for name, part in trees.items()}
-    return Prepared(tokenizer, made.pop("train"), made)
+    return Prepared(tokenizer, made.pop("train"), made, counts)
 
 
 def data_key(data: DataConfig) -> str:
@@ -97,31 +98,33 @@ def read_sets(data: DataConfig) -> dict[str, list[Record]]:
     """Reads `train` and the named held-out sets; records that share a prompt are never on both sides.
 
     Raises:
-        ValueError: no data, bad data, a set without records, or weights of ratings that no data has.
+        ValueError: no data, bad data, or a set without records.
     """
+    return _read_all(data)[0]
+
+
+def _read_all(data: DataConfig) -> tuple[dict[str, list[Record]], Counter[str]]:
+    """The sets, and what was counted in all of their sources."""
     if not (data.path or data.mixture):
         raise ValueError("config.data.path: must be set to a file of prompts and responses, or config.data.mixture")
     records: list[Record] = []
-    rows, seen = 0, set[str]()
+    total = Counter[str]()
     for source, path in enumerate(data.mixture or [data.path]):
-        part, counts = _read(path, data, first_id=rows)
+        part, counts = _read(path, data, first_id=total["rows"])
         records += [record._replace(source=source) for record in part]
-        rows, seen = rows + counts["rows"], seen | counts.keys()
+        total.update(counts)
     held_out = {id(r) for r in records if _share(r.prompt, data.seed) < data.eval_fraction}
     sets = {"train": [r for r in records if id(r) not in held_out]}
     if held_out:
         sets[HELD_OUT] = [r for r in records if id(r) in held_out]
     for name, path in data.eval_paths.items():
         sets[name], counts = _read(path, data)
-        seen |= counts.keys()
+        total.update(counts)
         _say_what_leaks(name, sets)
     for name, part in sets.items():
         if not part:
             raise ValueError(f"config.data: the set {name!r} has no records; give it more data or another fraction")
-    rated = sorted(f.name for f in FORMATS if f.weights)
-    if data.score_weights and not any(f"format/{name}" in seen for name in rated):
-        raise ValueError(f"config.data.score_weights has no effect: no data is {' or '.join(rated)}; remove it")
-    return sets
+    return sets, total
 
 
 def _read(path: str, data: DataConfig, first_id: int = 0) -> tuple[list[Record], dict[str, int]]:

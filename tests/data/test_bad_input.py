@@ -1,4 +1,4 @@
-"""Each way in which a record, a file or a path can be bad: one line with its place, or skipped and counted by reason."""
+"""Each way in which a record or a file can be bad: one line with its place, or skipped and counted by reason."""
 
 import gzip
 import json
@@ -106,7 +106,11 @@ RECORDS = {
     "the system in the middle": (said(messages=talk("user", "assistant", "system")), "roles", "is system after assis"),
     "two turns of the user": (said(messages=talk("user", "user", "assistant")), "roles", "is user after user"),
     "the assistant begins": (said(messages=talk("assistant")), "roles", "is assistant at the beginning; expected sys"),
-    "the user ends": (said(messages=talk("user", "assistant", "user")), "roles", "expected it to begin and to end with"),
+    "the user ends": (
+        said(messages=talk("user", "assistant", "user")),
+        "roles",
+        "expected it to begin and to end with",
+    ),
     "an answer of the user": (
         said(prompt=talk("user", "assistant"), completion=talk("user", "assistant")),
         "roles",

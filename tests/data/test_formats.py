@@ -133,8 +133,12 @@ READ = {
         {"prompt": [user("q")], "responses": [[answer("a")], [answer("b")]], "scores": [1, 2]},
         "scored list in messages", [Q], [[A], [B]], (1, 2),
     ),
-    "palign: rank": ({"prompt": "q", "responses": ["a", "b"], "rank": [1, 2]}, "ranked list", "q", ["a", "b"], (-1, -2)),
-    "palign: ranks": ({"prompt": "q", "responses": ["a", "b"], "ranks": [2, 1]}, "ranked list", "q", ["a", "b"], (-2, -1)),
+    "palign: rank": (
+        {"prompt": "q", "responses": ["a", "b"], "rank": [1, 2]}, "ranked list", "q", ["a", "b"], (-1, -2),
+    ),
+    "palign: ranks": (
+        {"prompt": "q", "responses": ["a", "b"], "ranks": [2, 1]}, "ranked list", "q", ["a", "b"], (-2, -1),
+    ),
 }  # fmt: skip
 
 

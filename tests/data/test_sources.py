@@ -129,7 +129,7 @@ def test_a_directory_is_its_files_in_the_order_of_their_names_and_others_are_cou
         f"{tmp_path}/a.jsonl:1", f"{tmp_path}/b.parquet:row 1", f"{tmp_path}/b.parquet:row 2",
     ]  # fmt: skip
     (tmp_path / "c.jsonl").write_text("")  # a shard of 0 bytes
-    with pytest.raises(ValueError, match="c.jsonl: has no rows"):
+    with pytest.raises(ValueError, match=r"c\.jsonl: has no rows"):
         read_records(tmp_path)
 
 
@@ -162,7 +162,7 @@ def test_a_saved_data_set_cannot_name_files_elsewhere(tmp_path):
             read_records(saved)
     for text in ("{}", "[]", "no", '{"_data_files": 3}'):
         (saved / "state.json").write_text(text)
-        with pytest.raises(ValueError, match="state.json: lists no data files"):
+        with pytest.raises(ValueError, match=r"state\.json: lists no data files"):
             read_records(saved)
 
 
@@ -189,7 +189,10 @@ def test_a_data_set_of_tfds_is_read_by_name_version_and_part_of_a_split(prepared
         ("tfds:{directory}/test", r"Unknown split 'test'. Should be one of \['train'\]"),
         ("tfds:{directory}/train[a]", "Error parsing split"),
         ("tfds:no_such_data/train", "Dataset no_such_data not found"),
-        ("tfds:imdb_reviews/train", r"has not been prepared in .*file_format='array_record'\).download_and_prepare\(\)"),
+        (
+            "tfds:imdb_reviews/train",
+            r"has not been prepared in .*file_format='array_record'\).download_and_prepare\(\)",
+        ),
         ("tfds:{record}/train", "was prepared as tfrecord; prepare it with file_format='array_record'"),
         ("hf:org", r"hf:org: expected hf:NAME\[:CONFIG\]/SPLIT"),
     ],
