@@ -1,5 +1,6 @@
 """What the columns of a row mean. A format is told by its columns; `FORMATS` is the whole table."""
 
+import bisect
 import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -246,7 +247,8 @@ def _behind_question(prompt: str, chosen: list, rejected: list, where: str) -> t
 
 def _shared_text(one: str, other: str, where: str) -> int:
     """Where the prompt of two texts ends: at the last shared turn of a dialogue, else at the last shared word."""
-    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    lengths = range(min(len(one), len(other)) + 1)
+    same = bisect.bisect_left(lengths, True, key=lambda n: one[:n] != other[:n]) - 1
     if ASSISTANT in one or ASSISTANT in other:
         start = one.rfind(ASSISTANT, 0, same)
         if start >= 0:

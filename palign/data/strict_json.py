@@ -56,12 +56,11 @@ def parse_list(raw: bytes, where: str) -> list[Any]:
         The list's items; what they are is not checked.
 
     Raises:
-        RecordError: as `parse_row`, without its limit on length.
+        ValueError: as `parse_row`, without its limit on length.
     """
     items = _parse(raw, where, "one whole list of objects")
     if not isinstance(items, list):
-        found = f"the file holds a {type(items).__name__}"
-        raise RecordError("not_a_list", f"{where}: {found}; expected a list of objects [...]")
+        raise ValueError(f"{where}: the file holds a {type(items).__name__}; expected a list of objects [...]")
     return items
 
 

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from palign.data import formats, readers, records, strict_json
 from palign.data.formats import FORMATS, REFUSED, find_format
 from palign.data.readers import read_records
 from tests.data.samples import write_rows
@@ -196,8 +197,8 @@ def test_comparisons_that_ended_in_a_tie_are_dropped_and_counted(tmp_path):
     pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
     scored = {"context": [user("q")], "response1": "a", "response2": "b", "overall_preference": 0}
     rows = [pair | {"score_chosen": 5, "score_rejected": 5}, pair | {"margin": 0}, scored, pair]
-    records, counts = read(tmp_path, *rows)
-    assert [record.id for record in records] == [3] and counts["ties"] == 3 and counts["rows"] == 4
+    found, counts = read(tmp_path, *rows)
+    assert [record.id for record in found] == [3] and counts["ties"] == 3 and counts["rows"] == 4
 
 
 def test_the_weights_of_ratings_can_be_replaced(tmp_path):
@@ -223,13 +224,13 @@ def test_the_page_lists_every_format_and_every_reason():
     page = (pathlib.Path(__file__).parents[2] / "docs" / "data.md").read_text()
     for format in FORMATS:
         assert ", ".join(f"`{name}`" for name in format.columns) in page, format.name
-    sources = (pathlib.Path(__file__).parents[2] / "palign" / "data").glob("*.py")
-    reasons = {r for f in sources for r in re.findall(r'RecordError\(\s*"(\w+)"', f.read_text())}
+    files = (pathlib.Path(module.__file__) for module in (formats, readers, records, strict_json))
+    reasons = {reason for file in files for reason in re.findall(r'RecordError\(\s*"(\w+)"', file.read_text())}
     assert len(reasons) > 20 and not {reason for reason in reasons if f"`{reason}`" not in page}
 
 
 def test_rows_of_several_formats_share_a_file(tmp_path):
     rows = [row for row, *_ in READ.values()]
-    records, counts = read(tmp_path, *rows)
-    assert len(records) == len(rows) and sum(n for name, n in counts.items() if name.startswith("format/")) == len(rows)
+    found, counts = read(tmp_path, *rows)
+    assert len(found) == len(rows) and sum(n for name, n in counts.items() if name.startswith("format/")) == len(rows)
     assert json.dumps(counts)
