@@ -15,7 +15,7 @@ from palign.data.sources import open_source
 from palign.data.strict_json import Row, as_object, parse_row
 
 BAD_RECORDS = ("error", "skip")
-COUNTS = ("rows", "records", "blank_lines", "identical", "ties", "blank_responses", "responses")
+COUNTS = ("rows", "records", "blank_lines", "identical", "responses")  # said even where they are 0
 
 
 class Columns(NamedTuple):
@@ -156,7 +156,8 @@ class _Reader:
         if blank == len(record.responses):
             advice = "there is nothing to learn: remove the record"
             raise RecordError("blank_response", f"{where}: no response says anything; {advice}")
-        self.counts["blank_responses"] += blank
+        if blank:
+            self.counts["blank_responses"] += blank
 
 
 def _refuse_columns(row: Row, where: str) -> None:

@@ -54,7 +54,7 @@ def open_source(path: epath.PathLike) -> Source:
     """
     scheme = str(path).partition(":")[0]
     if scheme in NAMED:
-        return Source(_located(str(path), NAMED[scheme](str(path))))
+        return Source(_some(str(path), _located(str(path), NAMED[scheme](str(path)))))
     found = epath.Path(path)
     if found.is_dir():
         return _open_directory(found)
@@ -76,7 +76,7 @@ def open_data(path: epath.Path) -> Iterator[BinaryIO]:
 
 def _open_directory(directory: epath.Path) -> Source:
     if (directory / "state.json").is_file():
-        return Source(_located(str(directory), tables.read_saved(directory)))
+        return Source(_some(str(directory), _located(str(directory), tables.read_saved(directory))))
     names = sorted(entry.name for entry in directory.iterdir())
     inside = ", ".join(name for name in names if (directory / name).is_dir())
     if "dataset_dict.json" in names:
@@ -137,7 +137,7 @@ def _read_json(path: epath.Path) -> Iterator[Located]:
 
 
 def _located(place: str, rows: Iterable[Any]) -> Iterator[Located]:
-    return _some(place, (Located(f"{place}:row {n}", row) for n, row in enumerate(rows, 1)))
+    return (Located(f"{place}:row {n}", row) for n, row in enumerate(rows, 1))
 
 
 def _some(place: str, rows: Iterator[Located]) -> Iterator[Located]:

@@ -201,7 +201,7 @@ def test_the_filter_keeps_whole_records_between_quantiles_as_they_were_given(wri
         (
             [],
             {"data": "data.parquet"},
-            "data.parquet: annotations are written into lines; expected a file named *.jsonl",
+            "data.parquet: annotations are written into lines; expected a file",
         ),
         ([], {"data": "old.jsonl"}, "old.jsonl: has a column 'annotations' already"),
         ([], {"data": "single.jsonl"}, "single.jsonl: no record has two responses of different scores"),

@@ -164,7 +164,7 @@ def test_what_is_odd_but_harmless_is_read_and_counted(tmp_path):
             PAIR | {"rejected": "a"}, PAIR | {"rejected": ""}, PAIR]  # fmt: skip
     _, counts = read_records(write_rows(tmp_path / "d.jsonl", *rows))
     found = {name: n for name, n in counts.items() if "/" not in name}
-    assert found == {"rows": 7, "records": 5, "blank_lines": 1, "identical": 1, "ties": 0, "blank_responses": 1,
+    assert found == {"rows": 7, "records": 5, "blank_lines": 1, "identical": 1, "blank_responses": 1,
                      "responses": 9}  # fmt: skip
     assert counts["ignored_column/extra"] == 1 and counts["format/preference"] == 4
 

@@ -17,7 +17,7 @@ def test_counts_say_what_was_skipped_and_ids_stay_row_numbers(tmp_path):
     records, counts = read_records(write_rows(tmp_path / "d.jsonl", *rows))
     assert [record.id for record in records] == [0, 3]
     assert counts == {
-        "rows": 4, "records": 2, "blank_lines": 1, "identical": 1, "ties": 0, "blank_responses": 1, "responses": 4,
+        "rows": 4, "records": 2, "blank_lines": 1, "identical": 1, "blank_responses": 1, "responses": 4,
         "format/preference": 3, "ignored_column/source": 1,
     }  # fmt: skip
 

@@ -1,6 +1,8 @@
 """The same rows from every kind of place."""
 
 import json
+import os
+import subprocess
 import sys
 import types
 
@@ -117,6 +119,21 @@ def test_every_kind_of_file_gives_the_rows_of_the_lines(tmp_path, expected, name
     assert content(records) == expected and counts["format/scored list in messages"] == 3
     assert [record.id for record in records] == [0, 1, 2]
     assert [record.where.partition(":")[2] for record in records] == ["row 1", "row 2", "row 3"]
+
+
+LIVE = """
+import json, sys
+from datasets import Dataset
+Dataset.from_list(json.load(open(sys.argv[1]))).select([2, 0, 1]).save_to_disk(sys.argv[2], num_shards=2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("PALIGN_TRANSFORMERS_PYTHON" not in os.environ, reason="names no interpreter that has datasets")
+def test_what_the_package_datasets_saved_is_read(tmp_path, expected):
+    arguments = [write_json(tmp_path / "d.json"), tmp_path / "saved"]
+    subprocess.run([os.environ["PALIGN_TRANSFORMERS_PYTHON"], "-c", LIVE, *map(str, arguments)], check=True)
+    assert content(read_records(tmp_path / "saved")[0]) == [expected[n] for n in (2, 0, 1)]
 
 
 def test_a_directory_is_its_files_in_the_order_of_their_names_and_others_are_counted(tmp_path, expected):
