@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 
 MAX_FLOAT32 = 3.4028234663852886e38
 MAX_INTEGER = 1 << 53  # doubles hold every integer up to here
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
 # Role -> the roles that may speak next; "" is the beginning.
 FOLLOWS: dict[str, tuple[str, ...]] = {
     "": ("system", "developer", "user"),
@@ -16,6 +14,9 @@ FOLLOWS: dict[str, tuple[str, ...]] = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class RecordError(ValueError):
