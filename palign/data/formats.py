@@ -124,6 +124,11 @@ def _from_messages(row: Row, where: str) -> Fields:
     return Fields(messages[:first], [messages[first:]], [0.0])
 
 
+def _from_prompt(row: Row, where: str) -> Fields:
+    """With an empty response, whose place a sample takes."""
+    return Fields(row["prompt"], [_answer(row["prompt"], "")], [0.0])
+
+
 def _from_text(row: Row, where: str) -> Fields:
     return Fields("", [row["text"]], [0.0])
 
@@ -132,22 +137,24 @@ def _from_text(row: Row, where: str) -> Fields:
 HELPSTEER2 = {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45, "complexity": 0.55, "verbosity": -0.4}
 GRADED_PAIR = ("score_chosen", "score_rejected", "margin", "messages")
 
+PROMPT_ONLY = Format("prompt only", ("prompt",), _from_prompt)
 FORMATS = (
     Format("preference", ("prompt", "chosen", "rejected"), _from_pair, GRADED_PAIR),
     Format("preference with an implicit prompt", ("chosen", "rejected"), _from_implicit_pair, GRADED_PAIR),
-    Format("tunix", ("prompts", "chosen_responses", "rejected_responses"), _from_tunix),
     Format("scored list", ("prompt", "responses", "scores"), _from_scored_list),  # higher is better
     Format("ranked list", ("prompt", "responses", "rank"), _from_ranked_list),  # lower is better
     Format("ranked list", ("prompt", "responses", "ranks"), _from_ranked_list),
+    Format("unpaired", ("prompt", "completion", "label"), _from_labelled),
+    Format("completion", ("prompt", "completion"), _from_completion),
+    Format("messages", ("messages",), _from_messages),
+    Format("text", ("text",), _from_text),
+    PROMPT_ONLY,
+    Format("tunix", ("prompts", "chosen_responses", "rejected_responses"), _from_tunix),
     Format("Nectar", ("prompt", "answers"), _from_nectar),
     Format("NeMo", ("context", "completions"), _from_nemo),
     Format("UltraFeedback", ("instruction", "completions"), _from_ultrafeedback, weights={"overall_score": 1.0}),
     Format("HelpSteer2", ("prompt", "response", *HELPSTEER2), _from_helpsteer2, (), HELPSTEER2, one_response=True),
     Format("HelpSteer3", ("context", "response1", "response2", "overall_preference"), _from_helpsteer3),
-    Format("unpaired", ("prompt", "completion", "label"), _from_labelled),
-    Format("completion", ("prompt", "completion"), _from_completion),
-    Format("messages", ("messages",), _from_messages),
-    Format("text", ("text",), _from_text),
 )
 
 NO_MEDIA = "only text is read: remove these records, or the column"
@@ -177,6 +184,8 @@ def find_format(columns: frozenset[str], where: str) -> Format:
         RecordError: if no format fits, with the nearest one, or if two fit and neither covers the other.
     """
     fitting = [f for f in FORMATS if columns.issuperset(f.columns)]
+    if PROMPT_ONLY in fitting and (len(fitting) > 1 or _resembles_others(columns)):
+        fitting.remove(PROMPT_ONLY)
     widest = [f for f in fitting if not any(set(f.columns) < {*g.columns, *g.extra} for g in fitting if g is not f)]
     if len(widest) == 1:
         return widest[0]
@@ -185,7 +194,9 @@ def find_format(columns: frozenset[str], where: str) -> Format:
         both = " and ".join("+".join(f.columns) for f in widest)
         advice = "remove the columns of one of them"
         raise RecordError("columns", f"{where}: columns {shown} fit two formats, {both}; {advice}")
-    nearest = max((f.columns for f in FORMATS), key=lambda names: (_likeness(names, columns), -len(names)))
+    nearest = max(
+        (f.columns for f in FORMATS if f != PROMPT_ONLY), key=lambda names: (_likeness(names, columns), -len(names))
+    )
     missing = [name for name in nearest if name not in columns]
     hints = [(name, difflib.get_close_matches(name, columns, 1)) for name in missing]
     renames = [f"rename {close[0]!r} to {name!r}" for name, close in hints if close]
@@ -315,6 +326,12 @@ def _ultrafeedback_ratings(completion: Row) -> Row:
         rating = annotation.get("Rating") if isinstance(annotation, dict) else None
         ratings[aspect] = int(rating) if isinstance(rating, str) and rating.isdecimal() else rating
     return ratings
+
+
+def _resembles_others(columns: frozenset[str]) -> bool:
+    """Whether a column besides the prompt is one of some format, perhaps misspelt."""
+    known = {name for f in FORMATS for name in f.columns} - {"prompt"}
+    return any(difflib.get_close_matches(name, known, 1, cutoff=0.85) for name in columns - {"prompt"})
 
 
 def _likeness(names: tuple[str, ...], columns: frozenset[str]) -> float:

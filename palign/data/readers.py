@@ -9,13 +9,24 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from palign.data.formats import REFUSED, Fields, Format, find_format, printable, weigh
+from palign.data.formats import PROMPT_ONLY, REFUSED, Fields, Format, find_format, printable, weigh
 from palign.data.records import Record, RecordError, Text, make_record
 from palign.data.sources import open_source
 from palign.data.strict_json import Row, as_object, parse_row
 
 BAD_RECORDS = ("error", "skip")
 COUNTS = ("rows", "records", "blank_lines", "identical", "responses")  # said even where they are 0
+
+
+# Role -> the roles that may speak next; "" is the beginning.
+FOLLOWS: dict[str, tuple[str, ...]] = {
+    "": ("system", "developer", "user"),
+    "system": ("user", "assistant"),
+    "developer": ("user", "assistant"),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
+}
 
 
 class Columns(NamedTuple):
@@ -99,6 +110,7 @@ class _Reader:
         fields = format.convert(row, where)
         record = fields and make_record(*self._weighed(fields, format, where), id=id, where=where)
         if record:
+            _check_turns(record, where)
             self._check_blank(record, format, where)
         kind = "" if record is None or isinstance(record.prompt, str) else " in messages"
         self.counts[f"format/{format.name}{kind}"] += 1
@@ -153,11 +165,29 @@ class _Reader:
             advice = "write it, or give a text without a prompt in the column 'text'"
             raise RecordError("blank_prompt", f"{where}: the prompt is blank; {advice}")
         blank = sum(not _says_something(response) for response in record.responses)
-        if blank == len(record.responses):
+        if blank == len(record.responses) and format != PROMPT_ONLY:
             advice = "there is nothing to learn: remove the record"
             raise RecordError("blank_response", f"{where}: no response says anything; {advice}")
-        if blank:
+        elif blank and format != PROMPT_ONLY:
             self.counts["blank_responses"] += blank
+
+
+def _check_turns(record: Record, where: str) -> None:
+    """Refuses a conversation that templates do not agree on, or whose response is none of the assistant's."""
+    for k, response in enumerate(record.responses, 1):
+        if isinstance(response, str):
+            return
+        place, before = f"{where}: response {k}", ""
+        for n, turn in enumerate((*record.prompt, *response), 1):
+            if turn.role not in FOLLOWS[before]:  # type: ignore[union-attr]
+                found = f"message {n} of the conversation is {turn.role} " + (
+                    f"after {before}" if before else "at first"
+                )
+                raise RecordError("roles", f"{place}: {found}; expected {' or '.join(FOLLOWS[before])}")
+            before = turn.role
+        if not response or response[0].role != "assistant" or before != "assistant":
+            shown = ", ".join(turn.role for turn in response[:6]) or "no message"
+            raise RecordError("roles", f"{place} is {shown}; expected it to begin and to end with the assistant")
 
 
 def _refuse_columns(row: Row, where: str) -> None:

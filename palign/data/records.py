@@ -5,15 +5,6 @@ from typing import Any, NamedTuple
 
 MAX_FLOAT32 = 3.4028234663852886e38
 MAX_INTEGER = 1 << 53  # doubles hold every integer up to here
-# Role -> the roles that may speak next; "" is the beginning.
-FOLLOWS: dict[str, tuple[str, ...]] = {
-    "": ("system", "developer", "user"),
-    "system": ("user", "assistant"),
-    "developer": ("user", "assistant"),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("tool", "assistant"),
-}
 
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -95,9 +86,6 @@ def make_record(prompt: Any, responses: Any, scores: Any, id: int, where: str) -
     if len({isinstance(text, str) for text in (prompt, *texts)}) > 1:
         mixed = "prompt and responses mix strings with lists of messages"
         raise RecordError("wrong_type", f"{where}: {mixed}; expected all of one kind")
-    for k, text in enumerate(texts, 1):
-        if not isinstance(text, str):
-            _check_turns([turn.role for turn in (*prompt, *text)], len(prompt), f"{where}: response {k}")
     if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < 2**31:
         raise wrong_type(id, "id", "an integer from 0 to 2^31 - 1", where)
     return Record(prompt, texts, numbers, id, where)
@@ -148,20 +136,6 @@ def wrong_type(value: Any, name: str, expected: str, where: str) -> RecordError:
         where: "file:line".
     """
     return RecordError("wrong_type", f"{where}: {name} is {_show(value)}; expected {expected}")
-
-
-def _check_turns(roles: list[str], start: int, where: str) -> None:
-    """Refuses a conversation that no template can be trusted with; its response begins at message `start`."""
-    before = ""
-    for n, role in enumerate(roles):
-        if role not in FOLLOWS[before]:
-            place = f"after {before}" if before else "at the beginning"
-            found = f"message {n + 1} of the conversation is {role} {place}"
-            raise RecordError("roles", f"{where}: {found}; expected {' or '.join(FOLLOWS[before])}")
-        before = role
-    if "assistant" not in roles[start : start + 1] or before != "assistant":
-        shown = ", ".join(roles[start:][:6]) or "no message"
-        raise RecordError("roles", f"{where} is {shown}; expected it to begin and to end with the assistant")
 
 
 def _text(value: Any, name: str, where: str) -> Text:

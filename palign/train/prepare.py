@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from palign.config.schema import DataConfig, RunConfig
+from palign.data.formats import PROMPT_ONLY
 from palign.data.grouping import group_pairs
 from palign.data.loader import Dataset
 from palign.data.mixture import Mixture
@@ -66,6 +67,7 @@ def prepare(config: RunConfig, workdir: epath.Path, inherited: epath.Path | None
     """
     data = config.data
     sets, counts = _read_all(data)
+    _check_responses(config, counts)
     source_of = {record.id: record.source for record in sets["train"]}
     if config.rollout.every:
         sets["train"] = [record._replace(responses=("",), scores=(0.0,)) for record in sets["train"]]
@@ -87,6 +89,15 @@ def prepare(config: RunConfig, workdir: epath.Path, inherited: epath.Path | None
     )
     made = {name: _plan(name, part, shape, config, source_of) for name, part in trees.items()}
     return Prepared(tokenizer, made.pop("train"), made, counts)
+
+
+def _check_responses(config: RunConfig, counts: Mapping[str, int]) -> None:
+    alone = sum(counts.get(f"format/{PROMPT_ONLY.name}{kind}", 0) for kind in ("", " in messages"))
+    if alone and not config.rollout.every:
+        raise ValueError(
+            f"{data_key(config.data)}: {alone:,} rows are prompts alone, and only a run that samples "
+            "(config.rollout.every above 0) learns from those; add responses"
+        )
 
 
 def data_key(data: DataConfig) -> str:

@@ -49,6 +49,8 @@ RECORDS = {
     "an id given twice": (said(**PAIR, id=7), "duplicate_id", "d.jsonl:1 too; give each record an id of its own"),
     "a column is missing": (said(prompt="q", responses=["a"]), "columns", "add 'scores'"),
     "a column is misspelt": (said(prompt="q", choosen="a", rejected="b"), "columns", "rename 'choosen' to 'chosen'"),
+    "a response without a score": (said(prompt="q", response="a"), "columns", "prompt+completion: add 'completion'"),
+    "a blank prompt alone": (said(prompt=" "), "blank_prompt", "the prompt is blank"),
     "no column": (b"{}", "columns", "columns found: none; formats accepted: prompt+chosen+rejected, "),
     "columns of two formats": (said(prompt="q", responses=["a"], rank=[1], scores=[1]), "columns", "fit two formats"),
     "a column's name of several lines": (b'{"a\\nb": 1}', "columns", r"columns found: 'a\nb';"),
@@ -105,7 +107,7 @@ RECORDS = {
     ),
     "the system in the middle": (said(messages=talk("user", "assistant", "system")), "roles", "is system after assis"),
     "two turns of the user": (said(messages=talk("user", "user", "assistant")), "roles", "is user after user"),
-    "the assistant begins": (said(messages=talk("assistant")), "roles", "is assistant at the beginning; expected sys"),
+    "the assistant begins": (said(messages=talk("assistant")), "roles", "is assistant at first; expected system"),
     "the user ends": (
         said(messages=talk("user", "assistant", "user")),
         "roles",

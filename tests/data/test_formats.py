@@ -65,11 +65,19 @@ READ = {
         {"prompt": [user("q")], "completion": [answer("a")], "label": False},
         "unpaired in messages", [Q], [[A]], (-1,),
     ),
+    "TRL: prompt only": ({"prompt": "q", "source": "s"}, "prompt only", "q", [""], (0,)),
+    "TRL: prompt only in messages": (
+        {"prompt": [user("q")], "prompt_id": 3}, "prompt only in messages", [Q], [[("assistant", "")]], (0,),
+    ),
     "TRL: completion": ({"prompt": "q", "completion": "a"}, "completion", "q", ["a"], (0,)),
     "TRL: text": ({"text": "t"}, "text", "", ["t"], (0,)),
     "TRL: messages": (
         {"messages": [{"role": "system", "content": "s"}, user("q"), answer("a"), user("q"), answer("b")]},
         "messages in messages", [("system", "s"), Q], [[A, Q, B]], (0,),
+    ),
+    "messages beside their first question": (
+        {"prompt": "q", "prompt_id": "x", "messages": [user("q"), answer("a")]},
+        "messages in messages", [Q], [[A]], (0,),
     ),
     "a table's nulls": (
         {"messages": [user("q") | {"name": None}, answer("a", tool_calls=None)], "tools": None},

@@ -227,6 +227,16 @@ def test_the_model_takes_the_tokenizers_vocabulary_and_never_a_smaller_one(tmp_p
         with_vocabulary(config(path, model={"vocab_size": 258}), tokenizer)
 
 
+def test_prompts_alone_are_for_runs_that_sample(of_bytes, tmp_path):
+    path = write(tmp_path / "prompts.jsonl", *({"prompt": f"ask {n}"} for n in range(8)))
+    settings = dict(tokenizer={"path": str(of_bytes)}, data={"eval_fraction": 0.0})
+    with pytest.raises(ValueError, match=r"prompts.jsonl': 8 rows are prompts alone, and only a run that samples"):
+        prepare(config(path, **settings), tmp_path / "run", None)
+    sampling = config(path, **settings, rollout={"every": 1, "max_new_tokens": 5})
+    train = prepare(sampling, tmp_path / "run", None).train
+    assert [tree.responses[0].size for tree in train.trees] == [5] * 8
+
+
 def test_no_data_is_refused_by_key(tmp_path):
     with pytest.raises(ValueError, match=r"^config.data.path: must be set"):
         prepare(config(tmp_path / "x.jsonl", data={"path": ""}), tmp_path / "run", None)
