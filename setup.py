@@ -17,6 +17,8 @@ TRAIN = [
     "absl-py>=2.3.1",
     "etils[epath]>=1.12",
     "safetensors>=0.6.2",
+    "pyarrow>=17",
+    "array_record>=0.8.1; sys_platform != 'win32'",
     "tokenizers>=0.22",
     "jinja2>=3.1.6",
     "rich>=13",

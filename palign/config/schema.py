@@ -129,11 +129,14 @@ class TokenizerConfig:
 class DataConfig:
     """Which records, and how they become rows."""
 
-    path: str = ""  # .jsonl or .jsonl.gz
-    eval_paths: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name of a held-out set -> file
-    eval_fraction: float = 0.05  # held out of `path` as the set "heldout"; 0 = none
-    limit: int = 0  # most records read; 0 = all
-    records: str = "all"  # all, best_response (SFT on the preferred one), reversed (the worse is preferred)
+    path: str = ""  # a file, directory, glob, tfds:NAME/SPLIT or hf:NAME/SPLIT (docs/data.md)
+    mixture: Mapping[str, float] = dataclasses.field(default_factory=dict)  # in place of path: path -> weight
+    eval_paths: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name of a held-out set -> its path
+    eval_fraction: float = 0.05  # held out of the training data as the set "heldout"; 0 = none
+    limit: int = 0  # most records read of each path; 0 = all
+    score_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)  # attribute -> weight, of rated data
+    records: str = "all"  # all, best_response (SFT on the preferred one), reversed (the worse is preferred), grouped
+    bad_records: str = "error"  # error, skip (drop and count records that cannot be used)
     max_length: int = 512  # most tokens of a prompt and one response
     row_length: int = 1024  # T, tokens of a row
     rows_per_step: int = 8  # R, over all micro-batches and devices
@@ -151,7 +154,14 @@ class DataConfig:
         _positive("data", self, "max_length", "row_length", "rows_per_step", "micro_batches", "trees_per_row", "block")
         _not_negative("data", self, "limit", "eval_fraction", "seed")
         _require(self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "a fraction below 1")
-        _one_of("data", self, "records", ("all", "best_response", "reversed"))
+        _one_of("data", self, "records", ("all", "best_response", "reversed", "grouped"))
+        _one_of("data", self, "bad_records", ("error", "skip"))
+        if self.path and self.mixture:
+            raise ValueError(f"config.data.path = {self.path!r} has no effect beside config.data.mixture; remove one")
+        for name, weight in self.mixture.items():
+            _require(math.isfinite(weight) and weight > 0, f"data.mixture.{name}", weight, "a number above 0")
+        for name, weight in self.score_weights.items():
+            _require(math.isfinite(weight), f"data.score_weights.{name}", weight, "a finite number")
         _one_of("data", self, "packing", ("best_fit", "one_per_row"))
         _one_of("data", self, "layout", ("packed", "unshared"))
         _one_of("data", self, "oversize", ("error", "subset"))

@@ -19,6 +19,8 @@ from palign.data.tokenize import TokenTree
 WINDOW = 1024
 
 Fitted = tuple[list[TokenTree], dict[str, int]]
+# (epoch, source of chance) -> the epoch's examples, in the order in which they are packed
+Order = Callable[[int, np.random.Generator], np.ndarray]
 
 
 class RowNeeds(NamedTuple):
@@ -88,8 +90,9 @@ def plan_epochs(
     epochs: int | None = None,
     max_steps: int | None = None,
     window: int = WINDOW,
+    order: Order | None = None,
 ) -> Plan:
-    """Plans packed training rows. Every epoch holds each example once, in an order of its own.
+    """Plans packed training rows. Without an `order` every epoch holds each example once, in an order of its own.
 
     Args:
         needs: of n examples, each of which fits a row by itself (see `fit_trees`).
@@ -100,6 +103,8 @@ def plan_epochs(
         max_steps: the most steps; None = as many as the epochs have. The epochs' rows follow one another, so a step
             may hold rows of two epochs.
         window: how many examples of the shuffled order to choose from.
+        order: what an epoch holds and in which order, where an example may come several times or not at all, as in
+            `Mixture.order`.
 
     Returns:
         The plan.
@@ -109,12 +114,23 @@ def plan_epochs(
     """
     _check_run(len(needs.tokens), rows_per_step, epochs, max_steps, window)
     _check_needs(needs, shape)
-    rows = ((epoch, row) for epoch in _epoch_numbers(epochs) for row in _epoch_rows(needs, shape, seed, epoch, window))
+    order = order or _each_once(len(needs.tokens))
+    rows = (
+        (epoch, row)
+        for epoch in _epoch_numbers(epochs)
+        for row in _epoch_rows(needs, shape, order, seed, epoch, window)
+    )
     return _collect(rows, rows_per_step, max_steps)
 
 
 def plan_padded(
-    num_examples: int, *, examples_per_step: int, seed: int, epochs: int | None = None, max_steps: int | None = None
+    num_examples: int,
+    *,
+    examples_per_step: int,
+    seed: int,
+    epochs: int | None = None,
+    max_steps: int | None = None,
+    order: Order | None = None,
 ) -> Plan:
     """Plans rows of one tree each, a fixed number of examples a step: padded batches, as other trainers have them.
 
@@ -124,6 +140,7 @@ def plan_padded(
         seed: of the orders.
         epochs: see `plan_epochs`.
         max_steps: see `plan_epochs`.
+        order: see `plan_epochs`.
 
     Returns:
         The plan.
@@ -132,10 +149,11 @@ def plan_padded(
         ValueError: as `plan_epochs`.
     """
     _check_run(num_examples, examples_per_step, epochs, max_steps)
+    order = order or _each_once(num_examples)
     rows = (
         (epoch, [int(i)])
         for epoch in _epoch_numbers(epochs)
-        for i in np.random.default_rng((seed, epoch)).permutation(num_examples)
+        for i in order(epoch, np.random.default_rng((seed, epoch)))
     )
     return _collect(rows, examples_per_step, max_steps)
 
@@ -235,10 +253,14 @@ def fit_trees(
     return named(OVERSIZE, oversize, "oversize policy")(trees, shape, layout, seed)
 
 
-def _epoch_rows(needs: RowNeeds, shape: RowShape, seed: int, epoch: int, window: int) -> list[list[int]]:
+def _each_once(num_examples: int) -> Order:
+    return lambda epoch, rng: rng.permutation(num_examples)
+
+
+def _epoch_rows(needs: RowNeeds, shape: RowShape, order: Order, seed: int, epoch: int, window: int) -> list[list[int]]:
     """Returns an epoch's rows, packed along one shuffled order and put into another."""
     rng = np.random.default_rng((seed, epoch))
-    rows = list(_best_fit(rng.permutation(len(needs.tokens)), needs, shape, window))
+    rows = list(_best_fit(order(epoch, rng), needs, shape, window))
     return [rows[i] for i in rng.permutation(len(rows))]
 
 

@@ -1,257 +1,200 @@
-"""Reads preference data from JSON lines, strictly: what cannot be understood stops with its file and line.
+"""Reads preference data strictly: what cannot be understood stops with its file and line, or is skipped and counted.
 
-The format of a row is told by its columns; `FORMATS` is the whole table. Other columns are ignored and counted.
+Where rows come from is the business of `sources`, what their columns mean that of `formats`.
 """
 
-import contextlib
-import difflib
-import gzip
-import io
-import json
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from etils import epath
 
-from palign.data.records import Record, make_record, number
+from palign.data.formats import PROMPT_ONLY, REFUSED, Fields, Format, find_format, printable, weigh
+from palign.data.records import Record, RecordError, Text, make_record
+from palign.data.sources import open_source
+from palign.data.strict_json import Row, as_object, parse_row
 
-ASSISTANT = "\n\nAssistant:"
-MAX_LINE_BYTES = 1 << 24
-
-Row = dict[str, Any]
-
-
-class Fields(NamedTuple):
-    """What a format's converter takes out of a row, not checked yet."""
-
-    prompt: Any
-    responses: Any
-    scores: Any
+BAD_RECORDS = ("error", "skip")
+COUNTS = ("rows", "records", "blank_lines", "identical", "responses")  # said even where they are 0
 
 
-def _from_pair(row: Row, where: str) -> Fields:
-    return Fields(row["prompt"], [row["chosen"], row["rejected"]], [1.0, 0.0])
-
-
-def _from_implicit_pair(row: Row, where: str) -> Fields:
-    chosen, rejected = row["chosen"], row["rejected"]
-    if not (isinstance(chosen, str) and isinstance(rejected, str)):
-        return Fields("", [chosen, rejected], [1.0, 0.0])  # make_record says what is wrong
-    end = _last_common_end(chosen, rejected, ASSISTANT)
-    if end < 0:
-        raise ValueError(
-            f"{where}: chosen and rejected share no turn that begins with {ASSISTANT!r}, so their prompt cannot be "
-            "told; expected '\\n\\nHuman: ...\\n\\nAssistant: ...' dialogues of one history: else add a 'prompt' column"
-        )
-    return Fields(chosen[:end], [chosen[end:], rejected[end:]], [1.0, 0.0])
-
-
-def _from_scored_list(row: Row, where: str) -> Fields:
-    return Fields(row["prompt"], row["responses"], row["scores"])
-
-
-def _from_ranked_list(row: Row, where: str) -> Fields:
-    ranks = row["rank"]
-    if isinstance(ranks, list):
-        ranks = [-number(rank, f"rank {k}", where) for k, rank in enumerate(ranks, 1)]
-    return Fields(row["prompt"], row["responses"], ranks)
-
-
-def _from_labelled(row: Row, where: str) -> Fields:
-    label = row["label"]
-    if not (isinstance(label, bool) or label in (0, 1)) or isinstance(label, float):
-        raise ValueError(f"{where}: label is {str(label)[:60]!r}; expected true or false")
-    return Fields(row["prompt"], [row["completion"]], [1.0 if label else -1.0])
-
-
-def _from_completion(row: Row, where: str) -> Fields:
-    return Fields(row["prompt"], [row["completion"]], [0.0])
-
-
-def _from_text(row: Row, where: str) -> Fields:
-    return Fields("", [row["text"]], [0.0])
-
-
-FORMATS: dict[tuple[str, ...], Callable[[Row, str], Fields]] = {
-    ("prompt", "chosen", "rejected"): _from_pair,
-    ("chosen", "rejected"): _from_implicit_pair,
-    ("prompt", "responses", "scores"): _from_scored_list,  # higher is better
-    ("prompt", "responses", "rank"): _from_ranked_list,  # lower is better
-    ("prompt", "completion", "label"): _from_labelled,
-    ("prompt", "completion"): _from_completion,
-    ("text",): _from_text,
+# Role -> the roles that may speak next; "" is the beginning.
+FOLLOWS: dict[str, tuple[str, ...]] = {
+    "": ("system", "developer", "user"),
+    "system": ("user", "assistant"),
+    "developer": ("user", "assistant"),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
 }
 
 
-def read_records(path: epath.PathLike, *, limit: int | None = None) -> tuple[list[Record], dict[str, int]]:
-    """Reads a `.jsonl` or `.jsonl.gz` file of preference data.
+class Columns(NamedTuple):
+    """What is known of all rows with the same columns."""
 
-    Record ids are line numbers counted from 0, so they do not move when other lines are dropped.
+    format: Format
+    ignored: frozenset[str]
+
+
+def read_records(
+    path: epath.PathLike,
+    *,
+    limit: int | None = None,
+    bad_records: str = "error",
+    score_weights: Mapping[str, float] | None = None,
+    first_id: int = 0,
+) -> tuple[list[Record], dict[str, int]]:
+    """Reads preference data from a file, a directory, a glob or a named data set (see `open_source`).
+
+    Record ids are row numbers counted from `first_id`, so they do not move when other rows are dropped.
 
     Args:
-        path: the file.
+        path: where the data is.
         limit: read at most this many records; None = all.
+        bad_records: `error`, or `skip`: records that cannot be used are dropped and counted.
+        score_weights: attribute -> weight of the ratings that make up a score, in place of the format's own.
+        first_id: the first row's id.
 
     Returns:
-        The records in the file's order, and the counts: `lines` read, `records` returned, `blank_lines` skipped,
-        `identical` pairs dropped because both responses are the same text and so carry no preference, `responses` in
-        all, and `ignored_column/NAME` rows that had a column nobody reads.
+        The records in order, and the counts: `rows` read, `records` returned, `blank_lines` skipped, `identical` pairs
+        dropped because both responses are the same text, `ties` dropped because a comparison ended in one,
+        `blank_responses` kept beside others that say something, `responses` in all, `format/NAME` rows of each format,
+        `ignored_column/NAME` rows that had a column nobody reads, `ignored_file/NAME`, and `skipped/REASON` records.
 
     Raises:
         ValueError: one line with file and line number, what was found, what was expected and what to do.
     """
-    path = epath.Path(path)
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; expected a positive number of records, or None for all")
-    records: list[Record] = []
-    counts: Counter[str] = Counter(lines=0, records=0, blank_lines=0, identical=0, responses=0)
-    found: dict[frozenset[str], tuple[str, ...]] = {}
-    for line, raw in _lines(path):
-        counts["lines"] += 1
-        if not raw.strip():
-            counts["blank_lines"] += 1
+    if bad_records not in BAD_RECORDS:
+        raise ValueError(f"bad_records is {bad_records!r}; expected one of {', '.join(BAD_RECORDS)}")
+    source, reader = open_source(path), _Reader(score_weights)
+    reader.counts.update(f"ignored_file/{printable(name)}" for name in source.ignored)
+    for id, (where, raw) in enumerate(source.rows, first_id):
+        reader.counts["rows"] += 1
+        if isinstance(raw, bytes) and not raw.strip():
+            reader.counts["blank_lines"] += 1
             continue
-        where = f"{path}:{line}"
-        row = parse_row(raw, where)
-        columns = frozenset(row)
-        if columns not in found:
-            found[columns] = find_format(columns, where)
-        counts.update(f"ignored_column/{name}" for name in columns.difference(found[columns]))
-        fields = FORMATS[found[columns]](row, where)
-        record = make_record(*fields, id=line - 1, where=where)
-        if _is_identical_pair(record):
-            counts["identical"] += 1
-            continue
-        records.append(record)
-        counts["responses"] += len(record.responses)
-        if len(records) == limit:
-            break
+        try:
+            if not reader.take(raw, where, id, limit):
+                break
+        except RecordError as error:
+            if bad_records == "error":
+                raise
+            reader.counts[f"skipped/{error.reason}"] += 1
+    records, counts = reader.records[:limit], reader.counts
     if not records:
-        raise ValueError(f"{path}: no record in {counts['lines']} lines; expected one JSON object on each line")
-    counts["records"] = len(records)
-    return records, dict(counts)
+        found = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()) if count)
+        raise ValueError(f"{path}: no record is left ({found}); expected one JSON object, or table row, for each")
+    responses = sum(len(record.responses) for record in records)
+    return records, dict(counts) | {"records": len(records), "responses": responses}
 
 
-def find_format(columns: frozenset[str], where: str) -> tuple[str, ...]:
-    """Returns the format (a key of `FORMATS`) that a row with these columns has.
+class _Reader:
+    """Turns rows into records, and counts."""
 
-    Args:
-        columns: the row's column names.
-        where: "file:line".
+    def __init__(self, score_weights: Mapping[str, float] | None):
+        self.counts = Counter(dict.fromkeys(COUNTS, 0))
+        self.records: list[Record] = []
+        self._weights = score_weights
+        self._columns: dict[frozenset[str], Columns] = {}
+        self._ids: dict[str, str] = {}  # the column `id` -> where it was
+        self._lists: dict[Text, int] = {}  # prompt -> the record that collects its rated responses
 
-    Returns:
-        The format that uses the most of the columns.
+    def take(self, raw: Any, where: str, id: int, limit: int | None) -> bool:
+        """Takes a row in; False where no more are wanted."""
+        row = parse_row(raw, where) if isinstance(raw, bytes) else as_object(raw, where)
+        _refuse_columns(row, where)
+        format, ignored = self._columns_of(row, where)
+        self._check_id(row, where)
+        fields = format.convert(row, where)
+        record = fields and make_record(*self._weighed(fields, format, where), id=id, where=where)
+        if record:
+            _check_turns(record, where)
+            self._check_blank(record, format, where)
+        kind = "" if record is None or isinstance(record.prompt, str) else " in messages"
+        self.counts[f"format/{format.name}{kind}"] += 1
+        self.counts.update(f"ignored_column/{printable(name)}" for name in ignored)
+        if record is None:
+            self.counts["ties"] += 1
+        elif len(record.responses) == 2 and record.responses[0] == record.responses[1]:
+            self.counts["identical"] += 1
+        elif format.one_response:
+            return self._collect(record, limit)
+        else:
+            self.records.append(record)
+        return limit is None or format.one_response or len(self.records) < limit
 
-    Raises:
-        ValueError: if no format fits, with the nearest one, or if two fit and neither contains the other.
-    """
-    fitting = [names for names in FORMATS if columns.issuperset(names)]
-    widest = [names for names in fitting if not any(set(names) < set(other) for other in fitting)]
-    if len(widest) == 1:
-        return widest[0]
-    shown = ", ".join(sorted(columns)[:12]) or "none"
-    if widest:
-        both = " and ".join("+".join(names) for names in widest)
-        raise ValueError(f"{where}: columns {shown} fit two formats, {both}; remove the columns of one of them")
-    nearest = max(FORMATS, key=lambda names: (_likeness(names, columns), -len(names)))
-    missing = [name for name in nearest if name not in columns]
-    hints = [(name, difflib.get_close_matches(name, columns, 1)) for name in missing]
-    renames = [f"rename {close[0]!r} to {name!r}" for name, close in hints if close]
-    advice = "; ".join(renames) or f"add {', '.join(map(repr, missing))}"
-    accepted = ", ".join("+".join(names) for names in FORMATS)
-    raise ValueError(
-        f"{where}: columns found: {shown}; formats accepted: {accepted}; the nearest is {'+'.join(nearest)}: {advice}"
-    )
+    def _collect(self, record: Record, limit: int | None) -> bool:
+        """Adds a rated response to the list of its prompt."""
+        if record.prompt not in self._lists:
+            self._lists[record.prompt] = len(self.records)
+            self.records.append(record)
+            return limit is None or len(self.records) <= limit
+        place = self._lists[record.prompt]
+        known = self.records[place]
+        responses, scores = known.responses + record.responses, known.scores + record.scores
+        self.records[place] = known._replace(responses=responses, scores=scores)
+        return True
 
+    def _columns_of(self, row: Row, where: str) -> Columns:
+        names = frozenset(row)
+        if names not in self._columns:
+            format = find_format(names, where)
+            self._columns[names] = Columns(format, names.difference(format.columns, format.extra))
+        return self._columns[names]
 
-def parse_row(raw: bytes, where: str) -> Row:
-    """Parses one line of JSON into a dict, refusing what `json` lets pass.
+    def _check_id(self, row: Row, where: str) -> None:
+        given = row.get("id")
+        if given is None:
+            return
+        before = self._ids.setdefault(repr(given), where)
+        if before != where:
+            advice = "give each record an id of its own, or remove the column"
+            raise RecordError("duplicate_id", f"{where}: id {repr(given)[:60]} is that of {before} too; {advice}")
 
-    Args:
-        raw: the line, UTF-8.
-        where: "file:line".
+    def _weighed(self, fields: Fields, format: Format, where: str) -> Fields:
+        if not format.weights:
+            return fields
+        weights = self._weights or format.weights
+        scores = [weigh(r, weights, f"response {k}", where) for k, r in enumerate(fields.scores, 1)]
+        return fields._replace(scores=scores)
 
-    Returns:
-        The object.
-
-    Raises:
-        ValueError: for bytes that are not UTF-8, a byte-order mark, NaN and infinities, a key given twice, nesting or
-            numbers beyond Python's limits, malformed JSON, or anything but an object.
-    """
-    if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f"{where}: the line begins with a byte-order mark; save the file as plain UTF-8 without one")
-    try:
-        row = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        bad = raw[error.start]
-        raise ValueError(f"{where}: byte {bad:#04x} at {error.start} is not UTF-8; save the file as UTF-8") from None
-    except RecursionError:
-        raise ValueError(f"{where}: the JSON is nested too deeply; expected a flat object") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where}: not JSON at column {error.colno} ({error.msg}); expected one whole object on each line"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: the line holds a {type(row).__name__}; expected a JSON object {{...}}")
-    return row
-
-
-def _unique(items: list[tuple[str, Any]]) -> Row:
-    row = dict(items)
-    if len(row) < len(items):
-        twice = next(name for name, count in Counter(name for name, _ in items).items() if count > 1)
-        raise ValueError(f"key {twice[:60]!r} is given twice in one object; remove one")
-    return row
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON; write a finite number or remove the record")
-
-
-@contextlib.contextmanager
-def open_data(path: epath.Path) -> Iterator[BinaryIO]:
-    """Opens a data file for reading, `.gz` unpacked."""
-    with path.open("rb") as file:
-        yield gzip.open(file) if path.name.endswith(".gz") else io.BufferedReader(file)  # type: ignore[misc]
+    def _check_blank(self, record: Record, format: Format, where: str) -> None:
+        if not _says_something(record.prompt) and "text" not in format.columns:
+            advice = "write it, or give a text without a prompt in the column 'text'"
+            raise RecordError("blank_prompt", f"{where}: the prompt is blank; {advice}")
+        blank = sum(not _says_something(response) for response in record.responses)
+        if blank == len(record.responses) and format != PROMPT_ONLY:
+            advice = "there is nothing to learn: remove the record"
+            raise RecordError("blank_response", f"{where}: no response says anything; {advice}")
+        elif blank and format != PROMPT_ONLY:
+            self.counts["blank_responses"] += blank
 
 
-def _lines(path: epath.Path) -> Iterator[tuple[int, bytes]]:
-    """Yields (line number from 1, bytes); only a line feed ends a line, unlike in `str.splitlines`."""
-    if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise ValueError(f"{path}: expected a file named *.jsonl or *.jsonl.gz with one JSON object on each line")
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.jsonl*")], 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{path}: there is no such file{hint}")
-    line = 0
-    try:
-        with open_data(path) as file:
-            while raw := file.readline(MAX_LINE_BYTES + 1):
-                line += 1
-                if len(raw) > MAX_LINE_BYTES:
-                    raise ValueError(f"{path}:{line}: longer than {MAX_LINE_BYTES} bytes; expected one record a line")
-                yield line, raw
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}:{line + 1}: damaged or cut-off gzip file ({error}); fetch it again") from None
+def _check_turns(record: Record, where: str) -> None:
+    """Refuses a conversation that templates do not agree on, or whose response is none of the assistant's."""
+    for k, response in enumerate(record.responses, 1):
+        if isinstance(response, str):
+            return
+        place, before = f"{where}: response {k}", ""
+        for n, turn in enumerate((*record.prompt, *response), 1):
+            if turn.role not in FOLLOWS[before]:  # type: ignore[union-attr]
+                found = f"message {n} of the conversation is {turn.role} " + (
+                    f"after {before}" if before else "at first"
+                )
+                raise RecordError("roles", f"{place}: {found}; expected {' or '.join(FOLLOWS[before])}")
+            before = turn.role
+        if not response or response[0].role != "assistant" or before != "assistant":
+            shown = ", ".join(turn.role for turn in response[:6]) or "no message"
+            raise RecordError("roles", f"{place} is {shown}; expected it to begin and to end with the assistant")
 
 
-def _last_common_end(one: str, other: str, marker: str) -> int:
-    """Returns where the last `marker` that both texts share, with everything before it, ends; -1 if there is none."""
-    limit = min(len(one), len(other))
-    differ = next((i for i in range(limit) if one[i] != other[i]), limit) if one[:limit] != other[:limit] else limit
-    start = one.rfind(marker, 0, differ)
-    return -1 if start < 0 else start + len(marker)
+def _refuse_columns(row: Row, where: str) -> None:
+    for name in row.keys() & REFUSED.keys():
+        if row[name] not in (None, "", [], {}):
+            raise RecordError("refused_column", f"{where}: column {name!r} cannot be honoured; {REFUSED[name]}")
 
 
-def _is_identical_pair(record: Record) -> bool:
-    return len(record.responses) == 2 and record.responses[0] == record.responses[1]
-
-
-def _likeness(names: tuple[str, ...], columns: frozenset[str]) -> float:
-    """Returns how much of a format the columns cover, near misses counting half."""
-    score = sum(1.0 if n in columns else 0.5 * bool(difflib.get_close_matches(n, columns, 1)) for n in names)
-    return score / len(names)
+def _says_something(text: Text) -> bool:
+    return bool(text.strip()) if isinstance(text, str) else any(turn.content.strip() for turn in text)

@@ -4,9 +4,22 @@ import math
 from typing import Any, NamedTuple
 
 MAX_FLOAT32 = 3.4028234663852886e38
+MAX_INTEGER = 1 << 53  # doubles hold every integer up to here
 
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class RecordError(ValueError):
+    """A record that cannot be used; the message is one line that begins with its place.
+
+    Attributes:
+        reason: what is wrong in one or two words, such as `not_json`; records that are skipped are counted by it.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 class Message(NamedTuple):
@@ -30,6 +43,7 @@ class Record(NamedTuple):
         scores: K finite numbers, higher is better, on any scale.
         id: the record's number in its source, >= 0.
         where: "file:line", for error messages.
+        source: which of the sources of a mixture it is from, counted from 0.
     """
 
     prompt: Text
@@ -37,6 +51,7 @@ class Record(NamedTuple):
     scores: tuple[float, ...]
     id: int
     where: str
+    source: int = 0
 
 
 def make_record(prompt: Any, responses: Any, scores: Any, id: int, where: str) -> Record:
@@ -53,22 +68,26 @@ def make_record(prompt: Any, responses: Any, scores: Any, id: int, where: str) -
         The record.
 
     Raises:
-        ValueError: one line with the place, what was given, what was expected and what to do.
+        RecordError: one line with the place, what was given, what was expected and what to do.
     """
     prompt = _text(prompt, "prompt", where)
     for name, value in (("responses", responses), ("scores", scores)):
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{where}: {name} is {_show(value)}; expected a list with one entry for each response")
+            raise wrong_type(value, name, "a list with one entry for each response", where)
     if not responses:
-        raise ValueError(f"{where}: responses is empty; expected at least one: add one or remove the record")
+        raise RecordError(
+            "no_response", f"{where}: responses is empty; expected at least one: add one or remove the record"
+        )
     if len(responses) != len(scores):
-        raise ValueError(f"{where}: {len(responses)} responses but {len(scores)} scores; expected one score for each")
+        counts = f"{len(responses)} responses but {len(scores)} scores"
+        raise RecordError("wrong_count", f"{where}: {counts}; expected one score for each")
     texts = tuple(_text(response, f"response {k}", where) for k, response in enumerate(responses, 1))
     numbers = tuple(number(score, f"score {k}", where) for k, score in enumerate(scores, 1))
     if len({isinstance(text, str) for text in (prompt, *texts)}) > 1:
-        raise ValueError(f"{where}: prompt and responses mix strings with lists of messages; expected all of one kind")
+        mixed = "prompt and responses mix strings with lists of messages"
+        raise RecordError("wrong_type", f"{where}: {mixed}; expected all of one kind")
     if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < 2**31:
-        raise ValueError(f"{where}: id is {_show(id)}; expected an integer from 0 to 2^31 - 1")
+        raise wrong_type(id, "id", "an integer from 0 to 2^31 - 1", where)
     return Record(prompt, texts, numbers, id, where)
 
 
@@ -90,17 +109,33 @@ def number(value: Any, name: str, where: str) -> float:
         The value.
 
     Raises:
-        ValueError: if it is not a number (booleans and strings are not) or not finite in single precision.
+        RecordError: if it is not a number (booleans and strings are not), not finite in single precision, or an
+            integer so large that neighbours would become one float.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{where}: {name} is {_show(value)}; expected a number")
+        raise wrong_type(value, name, "a number", where)
     try:
         result = float(value)
     except OverflowError:
         result = math.inf
     if not abs(result) <= MAX_FLOAT32:
-        raise ValueError(f"{where}: {name} is {_show(value)}; expected a finite number that single precision holds")
+        expected = "a finite number that single precision holds"
+        raise RecordError("not_finite", f"{where}: {name} is {_show(value)}; expected {expected}")
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        raise RecordError("huge_integer", f"{where}: {name} is {_show(value)}; expected at most 2^53: scale the scores")
     return result
+
+
+def wrong_type(value: Any, name: str, expected: str, where: str) -> RecordError:
+    """Returns the error of a value that is not what was expected.
+
+    Args:
+        value: what was found.
+        name: what it is.
+        expected: what it should be.
+        where: "file:line".
+    """
+    return RecordError("wrong_type", f"{where}: {name} is {_show(value)}; expected {expected}")
 
 
 def _text(value: Any, name: str, where: str) -> Text:
@@ -110,24 +145,27 @@ def _text(value: Any, name: str, where: str) -> Text:
 
 
 def _message(turn: Any, name: str, where: str) -> Message:
-    if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
-        shown = f"an object of {', '.join(map(str, turn))}" if isinstance(turn, dict) else _show(turn)
-        raise ValueError(f'{where}: {name} is {shown}; expected {{"role": ..., "content": ...}}')
+    given = {key for key, value in turn.items() if value is not None} if isinstance(turn, dict) else set()
+    if given != {"role", "content"}:  # a table has null where a message lacks what another has
+        shown = f"an object of {', '.join(map(str, turn)) or 'nothing'}" if isinstance(turn, dict) else _show(turn)
+        raise RecordError("message", f'{where}: {name} is {shown}; expected {{"role": ..., "content": ...}}')
     if turn["role"] not in ROLES:
-        raise ValueError(f"{where}: {name} has role {_show(turn['role'])}; expected one of {', '.join(ROLES)}")
+        shown = _show(turn["role"])
+        raise RecordError("roles", f"{where}: {name} has role {shown}; expected one of {', '.join(ROLES)}")
     return Message(turn["role"], _string(turn["content"], name, where))
 
 
 def _string(value: Any, name: str, where: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {name} is {_show(value)}; expected a string")
+        raise wrong_type(value, name, "a string", where)
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: {name} holds half of a surrogate pair (\\u{ord(value[error.start]):04x}) at character "
-            f"{error.start}; expected Unicode text: write the whole character"
-        ) from None
+        half = f"half of a surrogate pair (\\u{ord(value[error.start]):04x}) at character {error.start}"
+        expected = "expected Unicode text: write the whole character"
+        raise RecordError("surrogate", f"{where}: {name} holds {half}; {expected}") from None
+    if "\0" in value:
+        raise RecordError("nul", f"{where}: {name} holds NUL at character {value.index(chr(0))}; remove it")
     return value
 
 

@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from palign.data.loader import Dataset
 from palign.data.pack import subset_tree, tree_tokens
 from palign.data.quantile_filter import QuantileRange, keep_quantiles, parse_quantile_range
-from palign.data.readers import open_data, read_records
+from palign.data.readers import read_records
+from palign.data.sources import is_json_lines, open_data
 from palign.data.tokenize import TokenTree, tokenize_records
 from palign.eval.diagnostics import at_pairs
 from palign.eval.displacement import ches, hidden_sums_by_slot, length_normalised_ches
@@ -171,6 +172,8 @@ def _given(reference: str) -> list[str]:
 
 
 def _check_files(path: epath.PathLike, outs: Sequence[epath.PathLike]) -> None:
+    if not is_json_lines(path):
+        raise ValueError(f"{path}: annotations are written into lines; expected a file named *.jsonl or *.jsonl.gz")
     taken = {absolute(path)}
     for out in map(epath.Path, outs):
         if out.suffix != ".jsonl":

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from palign.config.load import to_plain
 from palign.config.schema import ObjectiveConfig, RunConfig
+from palign.data.formats import FORMATS
 from palign.data.loader import Dataset, batches
 from palign.data.tokenizers import Tokenizer, load_tokenizer
 from palign.eval import diagnostics
@@ -34,7 +35,7 @@ from palign.train.matching import match_prompts
 from palign.train.metrics import add, say, to_floats
 from palign.train.models import SIZES, check_models, frozen_kernel, load_start, with_factors, with_sizes
 from palign.train.optimizer import make_optimizer
-from palign.train.prepare import Prepared, has_preference, prepare, with_vocabulary
+from palign.train.prepare import Prepared, data_key, has_preference, prepare, with_vocabulary
 from palign.train.sources import CONFIG, Source, find_source, keep_origin, load_source, without_value_head
 from palign.train.state import TrainState, init_state, state_shardings
 from palign.train.step import make_eval_step, make_train_step
@@ -70,6 +71,7 @@ def build(config: RunConfig, workdir: epath.Path) -> tuple[Run, TrainState]:
     data = prepare(config, workdir, next((source.workdir for source in sources.values()), None))
     _check_tokenizers(data.tokenizer, sources)
     _check_preferences(config, data)
+    _check_ratings(config, data)
     config = with_vocabulary(config, data.tokenizer)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     check_rows(config, mesh)
@@ -123,9 +125,15 @@ def _check_preferences(config: RunConfig, data: Prepared) -> None:
     comparing = [name for name in config.objective.loss_type if find_method(name).compares]
     if comparing and not any(has_preference(tree) for tree in data.train.trees):
         raise ValueError(
-            f"config.data.path = {config.data.path!r}: no record has two responses of different scores, so "
+            f"{data_key(config.data)}: no record has two responses of different scores, so "
             f"{', '.join(comparing)} would learn nothing; give it pairs or lists, or train with loss_type=('sft',)"
         )
+
+
+def _check_ratings(config: RunConfig, data: Prepared) -> None:
+    rated = [format.name for format in FORMATS if format.weights]
+    if config.data.score_weights and not any(data.counts.get(f"format/{name}") for name in rated):
+        raise ValueError(f"config.data.score_weights has no effect: no data is {' or '.join(rated)}; remove it")
 
 
 def _check_tokenizers(tokenizer: Tokenizer, sources: Mapping[str, Source]) -> None:

@@ -36,7 +36,7 @@ def evaluate_run(name: str, path: str = "") -> dict[str, float]:
     if config.objective.reference == "cached":  # one pass: nothing to save by caching
         config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, reference="live"))
     if path:
-        only = dataclasses.replace(config.data, path=path, eval_fraction=0.0, eval_paths={}, limit=0)
+        only = dataclasses.replace(config.data, path=path, mixture={}, eval_fraction=0.0, eval_paths={}, limit=0)
         config = dataclasses.replace(config, data=only)
     data = prepare(config, workdir, None)
     if path:

@@ -30,6 +30,7 @@ from palign.train.digest import digest
 from palign.train.lock import run_lock
 from palign.train.metrics import MetricWriter, Reporter, read_metrics, say, to_floats
 from palign.train.optimizer import learning_rate_schedule
+from palign.train.prepare import data_key
 from palign.train.rollout import make_draw, on_policy_batches
 from palign.train.sources import Source, check_base
 from palign.train.state import TrainState
@@ -98,8 +99,8 @@ def _resume(made: Run, state: TrainState, checkpoints: Checkpoints) -> TrainStat
     state, facts = checkpoints.restore(shapes)
     if changed := [name for name, value in _fingerprints(made).items() if facts["data"].get(name) != value]:
         raise ValueError(
-            f"{made.workdir}: the data is not what this run began with (config.data.path = "
-            f"{made.config.data.path!r}: {', '.join(changed)}); bring the old file back, or use another --workdir"
+            f"{made.workdir}: the data is not what this run began with ("
+            f"{data_key(made.config.data)}: {', '.join(changed)}); bring the old file back, or use another --workdir"
         )
     if BASE in made.aux:
         check_base(Source(made.workdir, "last"), digest(made.aux[BASE]))

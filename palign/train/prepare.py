@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,9 +10,12 @@ import numpy as np
 from etils import epath
 
 from palign.config.schema import DataConfig, RunConfig
+from palign.data.formats import PROMPT_ONLY
+from palign.data.grouping import group_pairs
 from palign.data.loader import Dataset
+from palign.data.mixture import Mixture
 from palign.data.pack import RowShape, row_shape
-from palign.data.plan import fill_ratio, fit_trees, plan_epochs, plan_evaluation, plan_padded, row_needs
+from palign.data.plan import Order, fill_ratio, fit_trees, plan_epochs, plan_evaluation, plan_padded, row_needs
 from palign.data.readers import read_records
 from palign.data.records import Record, Text, best_response
 from palign.data.tokenize import TokenTree, add_mismatched, tokenize_records
@@ -30,21 +34,23 @@ class Prepared(NamedTuple):
     tokenizer: Tokenizer
     train: Dataset
     evals: dict[str, Dataset]
+    counts: Mapping[str, int]  # of everything that was read, see `read_records`
 
 
-def _all(record: Record) -> Record:
-    return record
+def _each(change: Callable[[Record], Record]) -> Callable[[Sequence[Record]], tuple[list[Record], dict[str, int]]]:
+    return lambda records: (list(map(change, records)), {})
 
 
 def _reversed(record: Record) -> Record:
     return record._replace(scores=tuple(-score for score in record.scores))
 
 
-# What a stage trains on, from each record: `config.data.records`.
-RECORDS: dict[str, Callable[[Record], Record]] = {
-    "all": _all,
-    "best_response": best_response,
-    "reversed": _reversed,  # the worse is preferred: reverse DPO
+# What a stage trains on, of the records that were read: `config.data.records`. What it changed is counted.
+RECORDS: dict[str, Callable[[Sequence[Record]], tuple[list[Record], dict[str, int]]]] = {
+    "all": _each(lambda record: record),
+    "best_response": _each(best_response),
+    "reversed": _each(_reversed),  # the worse is preferred: reverse DPO
+    "grouped": group_pairs,
 }
 
 
@@ -60,9 +66,9 @@ def prepare(config: RunConfig, workdir: epath.Path, inherited: epath.Path | None
         ValueError: no data, bad data, or examples that do not fit a row.
     """
     data = config.data
-    if not data.path:
-        raise ValueError("config.data.path: must be set to a .jsonl or .jsonl.gz file of prompts and responses")
-    sets = read_sets(data)
+    sets, counts = _read_all(data)
+    _check_responses(config, counts)
+    source_of = {record.id: record.source for record in sets["train"]}
     if config.rollout.every:
         sets["train"] = [record._replace(responses=("",), scores=(0.0,)) for record in sets["train"]]
     tokenizer = _prepare_tokenizer(config, workdir, inherited, sets["train"])
@@ -81,29 +87,84 @@ def prepare(config: RunConfig, workdir: epath.Path, inherited: epath.Path | None
         pair_policy=data.pair_policy,
         block=data.block,
     )
-    made = {name: _plan(name, part, shape, config) for name, part in trees.items()}
-    return Prepared(tokenizer, made.pop("train"), made)
+    made = {name: _plan(name, part, shape, config, source_of) for name, part in trees.items()}
+    return Prepared(tokenizer, made.pop("train"), made, counts)
+
+
+def _check_responses(config: RunConfig, counts: Mapping[str, int]) -> None:
+    alone = sum(counts.get(f"format/{PROMPT_ONLY.name}{kind}", 0) for kind in ("", " in messages"))
+    if alone and not config.rollout.every:
+        raise ValueError(
+            f"{data_key(config.data)}: {alone:,} rows are prompts alone, and only a run that samples "
+            "(config.rollout.every above 0) learns from those; add responses"
+        )
+
+
+def data_key(data: DataConfig) -> str:
+    """The setting that says where the training data is, for messages."""
+    return f"config.data.mixture = {dict(data.mixture)!r}" if data.mixture else f"config.data.path = {data.path!r}"
 
 
 def read_sets(data: DataConfig) -> dict[str, list[Record]]:
-    """Reads `train` and the named held-out sets; records that share a prompt are never on both sides."""
-    records = _read(data.path, data)
+    """Reads `train` and the named held-out sets; records that share a prompt are never on both sides.
+
+    Raises:
+        ValueError: no data, bad data, or a set without records.
+    """
+    return _read_all(data)[0]
+
+
+def _read_all(data: DataConfig) -> tuple[dict[str, list[Record]], Counter[str]]:
+    """The sets, and what was counted in all of their sources."""
+    if not (data.path or data.mixture):
+        raise ValueError("config.data.path: must be set to a file of prompts and responses, or config.data.mixture")
+    records: list[Record] = []
+    total = Counter[str]()
+    for source, path in enumerate(data.mixture or [data.path]):
+        part, counts = _read(path, data, first_id=total["rows"])
+        records += [record._replace(source=source) for record in part]
+        total.update(counts)
     held_out = {id(r) for r in records if _share(r.prompt, data.seed) < data.eval_fraction}
     sets = {"train": [r for r in records if id(r) not in held_out]}
     if held_out:
         sets[HELD_OUT] = [r for r in records if id(r) in held_out]
     for name, path in data.eval_paths.items():
-        sets[name] = _read(path, data)
+        sets[name], counts = _read(path, data)
+        total.update(counts)
+        _say_what_leaks(name, sets)
     for name, part in sets.items():
         if not part:
             raise ValueError(f"config.data: the set {name!r} has no records; give it more data or another fraction")
-    return sets
+    return sets, total
 
 
-def _read(path: str, data: DataConfig) -> list[Record]:
-    records, counts = read_records(path, limit=data.limit or None)
-    say(f"{path}: {_counted(counts | {'records': len(records)})}")
-    return [RECORDS[data.records](record) for record in records]
+def _read(path: str, data: DataConfig, first_id: int = 0) -> tuple[list[Record], dict[str, int]]:
+    records, counts = read_records(
+        path,
+        limit=data.limit or None,
+        bad_records=data.bad_records,
+        score_weights=data.score_weights,
+        first_id=first_id,
+    )
+    records, changed = RECORDS[data.records](records)
+    say(f"{path}: {_counted(counts | changed)}")
+    return records, counts
+
+
+def _say_what_leaks(name: str, sets: Mapping[str, Sequence[Record]]) -> None:
+    trained = {record.prompt for record in sets["train"]}
+    if shared := sum(record.prompt in trained for record in sets[name]):
+        say(f"{name}: {shared:,} of {len(sets[name]):,} records have a prompt that is trained on")
+
+
+def _mix(trees: Sequence[TokenTree], data: DataConfig, source_of: Mapping[int, int]) -> Order:
+    try:
+        mixture = Mixture([source_of[tree.id] for tree in trees], list(data.mixture.values()), data.seed)
+    except ValueError as error:
+        raise ValueError(f"config.data.mixture, of {', '.join(data.mixture)}: {error}") from None
+    for path, count, size in zip(data.mixture, mixture.counts, mixture.sizes, strict=True):
+        say(f"train: {count:,} examples of an epoch are from {path}, which has {size:,}")
+    return mixture.order
 
 
 def _share(prompt: Text, seed: int) -> float:
@@ -160,7 +221,9 @@ def has_preference(tree: TokenTree) -> bool:
     return max(tree.scores) > min(tree.scores)
 
 
-def _plan(name: str, trees: list[TokenTree], shape: RowShape, config: RunConfig) -> Dataset:
+def _plan(
+    name: str, trees: list[TokenTree], shape: RowShape, config: RunConfig, source_of: Mapping[int, int]
+) -> Dataset:
     data, train = config.data, config.train
     try:
         trees, counts = fit_trees(trees, shape, layout=data.layout, oversize=data.oversize, seed=data.seed)
@@ -168,12 +231,13 @@ def _plan(name: str, trees: list[TokenTree], shape: RowShape, config: RunConfig)
         raise ValueError(f"config.data.row_length, config.data.oversize ({name}): {error}") from None
     needs = row_needs(trees, layout=data.layout, pair_policy=data.pair_policy)
     length = {"max_steps": train.max_steps} if train.max_steps else {"epochs": train.epochs}
+    order = _mix(trees, data, source_of) if name == "train" and data.mixture else None
     if name != "train":
         plan = plan_evaluation(needs, shape, rows_per_step=data.rows_per_step)
     elif data.packing == "one_per_row":
-        plan = plan_padded(len(trees), examples_per_step=data.rows_per_step, seed=data.seed, **length)
+        plan = plan_padded(len(trees), examples_per_step=data.rows_per_step, seed=data.seed, order=order, **length)
     else:
-        plan = plan_epochs(needs, shape, rows_per_step=data.rows_per_step, seed=data.seed, **length)
+        plan = plan_epochs(needs, shape, rows_per_step=data.rows_per_step, seed=data.seed, order=order, **length)
     fill = fill_ratio(plan, needs, shape)
     planned = f"{plan.num_steps} steps of {data.rows_per_step} rows, {fill:.0%} full"
     say(f"{name}: {', '.join(filter(None, [planned, _counted(counts)]))}")

@@ -198,6 +198,11 @@ def test_the_filter_keeps_whole_records_between_quantiles_as_they_were_given(wri
         ([], {"out": "data.jsonl"}, "data.jsonl: is read or written already"),
         ([], {"out": "x.csv"}, "x.csv: expected a file named *.jsonl to write to"),
         ([], {"data": "dta.jsonl"}, "dta.jsonl: there is no such file; did you mean 'data.jsonl"),
+        (
+            [],
+            {"data": "data.parquet"},
+            "data.parquet: annotations are written into lines; expected a file",
+        ),
         ([], {"data": "old.jsonl"}, "old.jsonl: has a column 'annotations' already"),
         ([], {"data": "single.jsonl"}, "single.jsonl: no record has two responses of different scores"),
         ([], {"run": "rn"}, "rn: not the workdir of a run"),

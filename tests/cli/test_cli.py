@@ -56,6 +56,7 @@ def place(tmp_path_factory):
     write_pairs(place / "few.jsonl", 3, seed=8)
     lines = (place / "few.jsonl").read_text().splitlines(keepends=True)
     (place / "bad.jsonl").write_text(lines[0] + lines[1].replace('", "', '", ', 1) + lines[2])
+    (place / "bad.parquet").write_text("PAR1")
     settings = {key: value for key, value in PLAIN.items() if key != "objective"}
     settings["train"] = settings["train"] | {"best_metric": "eval_heldout_loss", "eval_every": 2}
     (place / "sft.py").write_text(CONFIG.format(settings=settings | {"objective": PLAIN["objective"]}))
@@ -102,6 +103,15 @@ TRAINING_SLIPS = {
     ),
     "no data": ("--config.data.path=", "config.data.path: must be set"),
     "a bad line": ("--config.data.path={place}/bad.jsonl", "{place}/bad.jsonl:2: not JSON at column"),
+    "no file": ("--config.data.path={place}/*.arrow", "{place}/*.arrow: no file matches"),
+    "a file of another kind": ("--config.data.path={place}/sft.py", "{place}/sft.py: expected a file named *.jsonl"),
+    "no Parquet": ("--config.data.path={place}/bad.parquet", "{place}/bad.parquet: damaged, or of another kind"),
+    "no data set of TFDS": ("--config.data.path=tfds:imdb_reviews/train", "tfds:imdb_reviews/train: has not been prep"),
+    "a mixture of nothing": ("--config.data.mixture={'x': 1}", "config.data.path", "has no effect beside"),
+    "weights of ratings that nobody gave": (
+        "--config.data.score_weights={'helpfulness': 1}",
+        "config.data.score_weights has no effect: no data is UltraFeedback or HelpSteer2; remove it",
+    ),
     "an unknown method": ("--config.objective.loss_type=stf", "'stf' is not a method (did you mean 'sft'?)"),
     "a missing source": (
         "--config.init_from={place}/nothing",

@@ -1,5 +1,8 @@
 """What several tests of data share: texts, a tokenizer.json, random trees."""
 
+import gzip
+import json
+
 import numpy as np
 import tokenizers as hf
 
@@ -23,6 +26,14 @@ def json_model(*specials):
     trainer = hf.trainers.BpeTrainer(vocab_size=320, special_tokens=list(specials), initial_alphabet=alphabet)
     tokenizer.train_from_iterator(TEXTS, trainer)
     return tokenizer.to_str()
+
+
+def write_rows(path, *rows):
+    """A file of JSON lines, `.gz` packed; rows of bytes are written as they are."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode() for row in rows]
+    content = b"\n".join(lines) + b"\n"
+    path.write_bytes(gzip.compress(content) if path.name.endswith(".gz") else content)
+    return path
 
 
 def tree(prompt, *responses, scores=None, id=0):

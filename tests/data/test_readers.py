@@ -1,168 +1,120 @@
-"""Formats, counts, and everything that must be refused with its file and line."""
-
 import gzip
 import json
-import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from palign.data import readers
 from palign.data.readers import read_records
-from palign.data.records import best_response, make_record
+from palign.data.records import RecordError, best_response, make_record
+from tests.data.samples import write_rows
 
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
 
 
-def write(tmp_path, *rows, name="d.jsonl"):
-    lines = [row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode() for row in rows]
-    path = tmp_path / name
-    content = b"\n".join(lines) + b"\n"
-    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("row", "prompt", "responses", "scores"),
-    [
-        (PAIR, "q", ("a", "b"), (1.0, 0.0)),
-        ({"prompt": "q", "responses": ["a", "b", "c"], "scores": [0, 2.5, 2.5]}, "q", ("a", "b", "c"), (0.0, 2.5, 2.5)),
-        ({"prompt": "q", "responses": ["a", "b"], "rank": [1, 2]}, "q", ("a", "b"), (-1.0, -2.0)),
-        ({"prompt": "q", "completion": "a", "label": True}, "q", ("a",), (1.0,)),
-        ({"prompt": "q", "completion": "a", "label": False}, "q", ("a",), (-1.0,)),
-        ({"prompt": "q", "completion": ""}, "q", ("",), (0.0,)),
-        ({"text": "t"}, "", ("t",), (0.0,)),
-    ],
-)
-def test_each_format_is_told_by_its_columns(tmp_path, row, prompt, responses, scores):
-    for name in ("d.jsonl", "d.jsonl.gz"):
-        (record,), counts = read_records(write(tmp_path, row, name=name))
-        assert record[:3] == (prompt, responses, scores)
-        assert record.where.endswith(f"{name}:1") and record.id == 0
-        assert counts["records"] == 1 and counts["responses"] == len(responses)
-
-
-TURN = "\n\nHuman: x\n\nAssistant:"
-
-
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "prompt"),
-    [
-        (TURN + " yes", TURN + " no", TURN),
-        (TURN + " yes", TURN + " yes and", TURN),  # one is a prefix of the other
-        (TURN, TURN + " no", TURN),  # an answer that ends at once
-        (TURN + " a" + TURN + " yes", TURN + " a" + TURN + " no", TURN + " a" + TURN),  # two turns
-        (TURN + " a" + TURN + " yes", TURN + " b" + TURN + " yes", TURN),  # they part in the first turn
-    ],
-)
-def test_an_implicit_prompt_ends_with_the_last_common_assistant_turn(tmp_path, chosen, rejected, prompt):
-    (record,), _ = read_records(write(tmp_path, {"chosen": chosen, "rejected": rejected}))
-    assert record.prompt == prompt
-    assert tuple(prompt + response for response in record.responses) == (chosen, rejected)
-
-
-def test_counts_say_what_was_skipped_and_ids_stay_line_numbers(tmp_path):
-    rows = [PAIR, {**PAIR, "rejected": "a"}, b"", {**PAIR, "source": 3}]
-    records, counts = read_records(write(tmp_path, *rows))
+def test_counts_say_what_was_skipped_and_ids_stay_row_numbers(tmp_path):
+    rows = [PAIR, {**PAIR, "rejected": "a"}, b"", {**PAIR, "source": 3, "rejected": " "}]
+    records, counts = read_records(write_rows(tmp_path / "d.jsonl", *rows))
     assert [record.id for record in records] == [0, 3]
     assert counts == {
-        "lines": 4, "records": 2, "blank_lines": 1, "identical": 1, "responses": 4, "ignored_column/source": 1,
+        "rows": 4, "records": 2, "blank_lines": 1, "identical": 1, "blank_responses": 1, "responses": 4,
+        "format/preference": 3, "ignored_column/source": 1,
     }  # fmt: skip
-    assert len(read_records(write(tmp_path, *[PAIR] * 5), limit=3)[0]) == 3
 
 
-def test_only_a_line_feed_ends_a_line(tmp_path):
-    text = "a\u2028b\u0085c\x0bd\x1ce\r\n\0"
-    rows = [{**PAIR, "chosen": text}, b"oops"]
-    records, _ = read_records(write(tmp_path, rows[0], json.dumps(PAIR).encode() + b"\r"))
-    assert [record.responses[0] for record in records] == [text, "a"]
-    with pytest.raises(ValueError, match=r"d\.jsonl:2: not JSON"):
-        read_records(write(tmp_path, *rows))
-
-
-BAD = {
-    b'{"prompt": "q", "chosen": "a", "rejected": "b"': "not JSON at column",
-    b'{"prompt": "q", "responses": ["a"], "scores": [NaN]}': "NaN is not JSON",
-    b'{"prompt": "q", "responses": ["a"], "scores": [-Infinity]}': "-Infinity is not JSON",
-    b'{"prompt": "q", "responses": ["a"], "scores": [1e999]}': "finite",
-    b'{"prompt": "q", "responses": ["a"], "scores": [1e39]}': "single precision",
-    b'{"prompt": "q", "responses": ["a"], "scores": [' + b"9" * 400 + b"]}": "finite",
-    b'{"prompt": "q", "responses": ["a"], "scores": [' + b"9" * 5000 + b"]}": "digits",
-    b'{"prompt": "q", "responses": ["a"], "scores": [true]}': "score 1 is true; expected a number",
-    b'{"prompt": "q", "responses": ["a"], "scores": ["0.5"]}': "score 1 is str '0.5'; expected a number",
-    b'{"prompt": "q", "responses": ["a"], "scores": [null]}': "score 1 is null",
-    b'{"prompt": "q", "responses": ["a"], "scores": 1}': "scores is int 1; expected a list",
-    b'{"prompt": "q", "responses": "a", "scores": [1]}': "responses is str 'a'; expected a list",
-    b'{"prompt": "q", "responses": [], "scores": []}': "responses is empty",
-    b'{"prompt": "q", "responses": ["a"], "scores": [1, 2]}': "1 responses but 2 scores",
-    b'{"prompt": "q", "responses": ["a"], "rank": ["1"]}': "rank 1 is str '1'",
-    b'{"prompt": "q", "responses": ["a"], "rank": 1}': "expected a list",
-    b'{"prompt": "q", "prompt": "q", "chosen": "a", "rejected": "b"}': "'prompt' is given twice",
-    b'{"prompt": "q", "chosen": "\\ud800", "rejected": "b"}': r"half of a surrogate pair \(\\ud800\)",
-    b'{"prompt": null, "chosen": "a", "rejected": "b"}': "prompt is null; expected a string",
-    b'{"prompt": "q", "chosen": 3, "rejected": "b"}': "response 1 is int 3; expected a string",
-    b'{"prompt": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": "b"}': "mix strings with lists of messages",
-    b'{"chosen": [{"role": "user", "content": "q"}], "rejected": "b"}': "mix strings with lists of messages",
-    b'{"chosen": "a", "rejected": "b"}': "add a 'prompt' column",
-    b'{"prompt": "q", "completion": "a", "label": 2}': "expected true or false",
-    b'{"prompt": "q", "completion": "a", "label": "yes"}': "expected true or false",
-    b'{"prompt": "q", "choosen": "a", "rejected": "b"}': "rename 'choosen' to 'chosen'",
-    b'{"prompt": "q", "responses": ["a"]}': "add 'scores'",
-    b'{"prompt": "q", "responses": ["a"], "rank": [1], "scores": [1]}': "fit two formats",
-    b"{}": "columns found: none",
-    b"[1]": "holds a list; expected a JSON object",
-    b'"x"': "holds a str",
-    b"\xef\xbb\xbf{}": "byte-order mark",
-    b"\xff\xfe{\x00": "byte-order mark",
-    b'{"text": "\xe9"}': "byte 0xe9 at 10 is not UTF-8",
-    b"[" * 100_000: "nested too deeply",
-}
-
-
-@pytest.mark.parametrize(("line", "message"), BAD.items(), ids=range(len(BAD)))
-def test_bad_lines_are_refused_in_one_line_with_their_place(tmp_path, line, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        read_records(write(tmp_path, PAIR, line))
-    assert f"{tmp_path}/d.jsonl:2: " in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_bad_files_are_refused(tmp_path, monkeypatch):
-    path = write(tmp_path, PAIR, name="pairs.jsonl.gz")
-    for bad, message in [
-        (tmp_path / "pair.jsonl.gz", "did you mean 'pairs.jsonl.gz'"),
-        (tmp_path / "x.csv", "expected a file named"),
-        (tmp_path, "expected a file named"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            read_records(bad)
-    with pytest.raises(ValueError, match="no record in 1 lines"):
-        read_records(write(tmp_path, b""))
-    path.write_bytes(path.read_bytes()[:-12])
-    with pytest.raises(ValueError, match="cut-off gzip"):
-        read_records(path)
-    path.write_bytes(b"plain")
-    with pytest.raises(ValueError, match="gzip"):
-        read_records(path)
-    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 20)
-    with pytest.raises(ValueError, match=r"d.jsonl:1: longer than 20 bytes"):
-        read_records(write(tmp_path, PAIR))
+def test_no_more_is_read_than_the_limit_and_ids_begin_where_they_are_told_to(tmp_path):
+    path = write_rows(tmp_path / "d.jsonl", PAIR, PAIR, PAIR, b"oops")
+    records, counts = read_records(path, limit=3, first_id=7)
+    assert [record.id for record in records] == [7, 8, 9] and counts["rows"] == 3
     with pytest.raises(ValueError, match="limit is 0"):
         read_records(path, limit=0)
+    with pytest.raises(ValueError, match="bad_records is 'drop'; expected one of error, skip"):
+        read_records(path, bad_records="drop")
 
 
-def test_random_bytes_give_a_value_error_and_nothing_else(tmp_path):
-    rng = random.Random(0)
-    good = json.dumps({"prompt": "q", "responses": ["é", "b"], "scores": [1.5, 2]}, ensure_ascii=False).encode()
-    for _ in range(2000):
-        line = bytearray(good)
-        for _ in range(rng.randint(1, 4)):
-            line[rng.randrange(len(line))] = rng.choice(b'{}[]",:\\u0\x00\xff9eE-nNtI')
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.json"])
+def test_only_a_line_feed_ends_a_line(tmp_path, name):
+    text = "a\u2028b\u0085c\x0bd\x1ce\r\n"
+    path = write_rows(tmp_path / name, {**PAIR, "chosen": text}, json.dumps(PAIR).encode() + b"\r")
+    records, _ = read_records(path)
+    assert [record.responses[0] for record in records] == [text, "a"]
+    assert [record.where for record in records] == [f"{path}:1", f"{path}:2"]
+
+
+def test_text_of_any_language_comes_back_as_it_was(tmp_path):
+    texts = ["日本語", "مرحبا بالعالم", "👩‍👩‍👧‍👦 z\u200bw\u200d", "e\u0301 é", "\ufeff in the middle", "\U0010ffff"]
+    (record,), _ = read_records(
+        write_rows(tmp_path / "d.jsonl", {"prompt": "q\u202e", "responses": texts, "scores": [0] * 6})
+    )
+    assert record[:2] == ("q\u202e", tuple(texts))
+
+
+def test_a_list_of_one_file_may_have_another_number_of_responses_than_the_next(tmp_path):
+    rows = [{"prompt": "q", "responses": list("abcdef"[:K]), "scores": [1] * K} for K in (1, 6, 2)]
+    records, counts = read_records(write_rows(tmp_path / "d.jsonl", *rows))
+    assert [len(record.scores) for record in records] == [1, 6, 2] and counts["responses"] == 9
+
+
+def test_rated_responses_of_one_prompt_become_one_list_wherever_they_stand(tmp_path):
+    zero = dict.fromkeys(("correctness", "coherence", "complexity", "verbosity"), 0)
+    rows = [
+        {"prompt": prompt, "response": response, "helpfulness": score, **zero}
+        for prompt, response, score in [("p", "a", 4), ("q", "b", 1), ("p", "c", 2), ("r", "d", 3)]
+    ]
+    path = write_rows(tmp_path / "d.jsonl", *rows)
+    records, counts = read_records(path, score_weights={"helpfulness": 2.0})
+    assert [record[:4] for record in records] == [
+        ("p", ("a", "c"), (8.0, 4.0), 0), ("q", ("b",), (2.0,), 1), ("r", ("d",), (6.0,), 3),
+    ]  # fmt: skip
+    assert (counts["rows"], counts["records"], counts["responses"]) == (4, 3, 4)
+    records, _ = read_records(path, limit=2)  # the list of p is whole
+    assert [record.responses for record in records] == [("a", "c"), ("b",)]
+    assert read_records(path)[0][0].scores == pytest.approx((4 * 0.65, 2 * 0.65))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+COLUMNS = ["prompt", "chosen", "rejected", "responses", "scores", "rank", "completion", "label", "messages", "text",
+           "answers", "context", "completions", "instruction", "id", "tools", "margin"]  # fmt: skip
+TURNS = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": st.text()}))
+ROWS = st.dictionaries(st.sampled_from(COLUMNS) | st.text(), TURNS | st.text() | JSON, max_size=5)
+LINES = st.lists(st.binary(max_size=60) | ROWS.map(lambda row: json.dumps(row).encode()), max_size=4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(lines=LINES)
+def test_whatever_a_file_holds_it_gives_records_or_an_error_of_one_line(lines, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    try:
+        records, counts = read_records(path)
+        assert counts["records"] == len(records) > 0
+    except ValueError as error:
+        assert str(error).startswith(f"{path}:") and len(str(error).splitlines()) == 1
+        assert str(error).encode() and (str(error).isprintable())
+    try:
+        kept, counts = read_records(path, bad_records="skip")
+    except ValueError as error:
+        assert "no record is left" in str(error) or "no rows" in str(error)
+    else:
+        dropped = sum(n for name, n in counts.items() if name.startswith("skipped/") or name in ("identical", "ties"))
+        assert counts["rows"] == len(kept) + dropped + counts["blank_lines"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(noise=st.binary(max_size=200), place=st.integers(0, 400))
+def test_a_damaged_gzip_or_json_file_gives_records_or_an_error_of_one_line(noise, place, tmp_path_factory):
+    good = json.dumps([PAIR, {"text": "é"}, {"messages": [{"role": "user", "content": "q"}]}]).encode()
+    for name, content in (("any.json", good), ("any.jsonl.gz", gzip.compress(good))):
+        path = tmp_path_factory.getbasetemp() / name
+        path.write_bytes(content[:place] + noise + content[place + len(noise) :])
         try:
-            row = readers.parse_row(bytes(line), "f:1")
-            readers.find_format(frozenset(row), "f:1")
-            make_record(row["prompt"], row["responses"], row["scores"], 0, "f:1")
+            read_records(path, bad_records="skip")
         except ValueError as error:
-            assert str(error).startswith("f:1: ") and "\n" not in str(error)
+            assert str(error).startswith(f"{path}") and len(str(error).splitlines()) == 1
 
 
 def test_best_response_is_the_first_of_the_best():
@@ -172,5 +124,5 @@ def test_best_response_is_the_first_of_the_best():
 
 @pytest.mark.parametrize("id", [-1, True, 2**31, "3"])
 def test_ids_are_int32(id):
-    with pytest.raises(ValueError, match="id is"):
+    with pytest.raises(RecordError, match="id is"):
         make_record("q", ["a"], [0], id, "f:1")

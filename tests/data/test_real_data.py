@@ -41,7 +41,7 @@ def run(trees, shape, pair_policy):
 
 def test_dialogue_pairs_with_implicit_prompts():
     records, counts, tokenizer = read("hh_harmless.jsonl.gz")
-    assert (counts["lines"], counts["records"], counts["identical"]) == (1734, 1734, 0)
+    assert (counts["rows"], counts["records"], counts["identical"], counts["blank_responses"]) == (1734, 1734, 0, 3)
     assert all(record.prompt.endswith("\n\nAssistant:") for record in records)
     trees, counts = tokenize_records(records, tokenizer, max_length=512)
     assert counts["records"] + counts["dropped_prompt_too_long"] + counts["dropped_identical"] == 1734

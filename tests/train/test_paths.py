@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import fsspec
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from etils import epath
 from etils.epath import backend
@@ -68,6 +70,11 @@ def test_data_is_read_from_a_bucket_packed_or_not(folder):
     for name in ("pairs.jsonl", "packed.jsonl.gz"):
         found, _ = read_records(f"gs://bucket/{name}")
         assert [record._replace(where="") for record in found] == [record._replace(where="") for record in expected]
+    pyarrow.parquet.write_table(pa.Table.from_pylist([{"text": "a"}]), folder / "packed.parquet")
+    for pattern in ("p*s.jsonl", "pack*.jsonl.gz"):
+        assert len(read_records(f"gs://bucket/{pattern}")[0]) == 9
+    assert len(read_records("gs://bucket/packed.parquet")[0]) == 1
+    assert len(read_records("gs://bucket")[0]) == 19
     with pytest.raises(ValueError, match=r"gs://bucket/pair.jsonl: there is no such file; did you mean 'pairs.jsonl'"):
         read_records("gs://bucket/pair.jsonl")
 

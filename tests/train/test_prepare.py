@@ -71,6 +71,7 @@ def test_a_set_without_records_is_refused(tmp_path):
         ("all", (" worst", " best", " middle"), (1.0, 3.0, 2.0)),
         ("best_response", (" best",), (3.0,)),
         ("reversed", (" worst", " best", " middle"), (-1.0, -3.0, -2.0)),
+        ("grouped", (" worst", " best", " middle"), (1.0, 3.0, 2.0)),
     ],
 )
 def test_a_stage_takes_from_each_record_what_it_asks_for(records, responses, scores, tmp_path):
@@ -78,6 +79,54 @@ def test_a_stage_takes_from_each_record_what_it_asks_for(records, responses, sco
     path = write(tmp_path / "lists.jsonl", line)
     (record,) = read_sets(DataConfig(path=str(path), eval_fraction=0.0, records=records))["train"]
     assert (record.responses, record.scores) == (responses, scores)
+
+
+def test_pairs_of_one_prompt_are_one_list_where_that_is_asked_for(tmp_path, capsys):
+    path = write(tmp_path / "pairs.jsonl", pair("p", " a", " b"), pair("q", " x", " y"), pair("p", " b", " c"))
+    records = read_sets(DataConfig(path=str(path), eval_fraction=0.0, records="grouped"))["train"]
+    assert [(record.responses, record.scores) for record in records] == [
+        ((" a", " b", " c"), (2.0, 1.0, 0.0)), ((" x", " y"), (1.0, 0.0)),
+    ]  # fmt: skip
+    assert "2 grouped pairs, 1 lists, 0 ungrouped pairs" in capsys.readouterr().err
+
+
+def test_sources_are_mixed_by_weight_and_said_so_and_no_prompt_is_on_both_sides(of_bytes, tmp_path, capsys):
+    large = write(tmp_path / "a.jsonl", *(pair(f"a{n}", " good", " bad") for n in range(80)))
+    small = write(tmp_path / "b.jsonl", *(pair(f"{'a' if n % 2 else 'b'}{n}", " well", " ill") for n in range(20)))
+    run = config(
+        tmp_path / "x.jsonl",
+        tokenizer={"path": str(of_bytes)},
+        data={"path": "", "mixture": {str(large): 1, str(small): 3}, "eval_fraction": 0.2},
+        train={"max_steps": 0, "epochs": 2},
+    )
+    sets = read_sets(run.data)
+    ids = [record.id for part in sets.values() for record in part]
+    assert sorted(ids) == list(range(100)) and not {r.prompt for r in sets["train"]} & {
+        r.prompt for r in sets[HELD_OUT]
+    }
+    assert all(record.source == (record.id >= 80) for part in sets.values() for record in part)
+    data = prepare(run, tmp_path / "run", None)
+    epoch = data.train.plan.members[: len(data.train.trees)]
+    from_small = np.mean([data.train.trees[i].id >= 80 for i in epoch])
+    assert from_small == pytest.approx(0.75, abs=0.01)
+    said, of_small = capsys.readouterr().err, sum(tree.id >= 80 for tree in data.train.trees)
+    assert f"{round(0.75 * len(epoch))} examples of an epoch are from {small}, which has {of_small}" in said
+    np.testing.assert_array_equal(np.sort(data.evals[HELD_OUT].plan.members), np.arange(len(sets[HELD_OUT])))
+
+
+def test_bad_records_are_skipped_where_that_is_asked_for(tmp_path, capsys):
+    path = write(tmp_path / "pairs.jsonl", pair("p", " a", " b"), pair("p", 3, " b"), pair("", " a", " b"))
+    with pytest.raises(ValueError, match=r"pairs.jsonl:2: response 1 is int 3"):
+        read_sets(DataConfig(path=str(path), eval_fraction=0.0))
+    sets = read_sets(DataConfig(path=str(path), eval_fraction=0.0, bad_records="skip"))
+    assert len(sets["train"]) == 1
+    assert "1 skipped/wrong type, 1 skipped/blank prompt" in capsys.readouterr().err
+
+
+def test_held_out_records_whose_prompts_are_trained_on_are_counted(pairs, tmp_path, capsys):
+    more = write(tmp_path / "more.jsonl", json.loads(pairs.read_text().splitlines()[0]), pair("new", " a", " b"))
+    read_sets(DataConfig(path=str(pairs), eval_fraction=0.0, eval_paths={"more": str(more)}))
+    assert "more: 1 of 2 records have a prompt that is trained on" in capsys.readouterr().err
 
 
 def test_what_is_identical_truncated_or_dropped_is_counted_on_the_terminal(of_bytes, tmp_path, capsys):
@@ -93,7 +142,7 @@ def test_what_is_identical_truncated_or_dropped_is_counted_on_the_terminal(of_by
     prepared = prepare(run, tmp_path / "run", None)
     said = capsys.readouterr().err
     for count in (
-        "5 lines", "4 records", "1 identical", "2 records, 4 responses", "1 truncated", "1 dropped prompt too long",
+        "5 rows", "4 records", "1 identical", "2 records, 4 responses", "1 truncated", "1 dropped prompt too long",
         "1 dropped identical", "0 dropped no prompt",
     ):  # fmt: skip
         assert count in said, (count, said)
@@ -176,6 +225,16 @@ def test_the_model_takes_the_tokenizers_vocabulary_and_never_a_smaller_one(tmp_p
     assert with_vocabulary(config(path, model={"vocab_size": 300}), tokenizer).model.vocab_size == 300
     with pytest.raises(ValueError, match=r"config.model.vocab_size = 258: the tokenizer has 259 ids; use 0"):
         with_vocabulary(config(path, model={"vocab_size": 258}), tokenizer)
+
+
+def test_prompts_alone_are_for_runs_that_sample(of_bytes, tmp_path):
+    path = write(tmp_path / "prompts.jsonl", *({"prompt": f"ask {n}"} for n in range(8)))
+    settings = dict(tokenizer={"path": str(of_bytes)}, data={"eval_fraction": 0.0})
+    with pytest.raises(ValueError, match=r"prompts.jsonl': 8 rows are prompts alone, and only a run that samples"):
+        prepare(config(path, **settings), tmp_path / "run", None)
+    sampling = config(path, **settings, rollout={"every": 1, "max_new_tokens": 5})
+    train = prepare(sampling, tmp_path / "run", None).train
+    assert [tree.responses[0].size for tree in train.trees] == [5] * 8
 
 
 def test_no_data_is_refused_by_key(tmp_path):
