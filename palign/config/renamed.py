@@ -45,9 +45,8 @@ RENAMED: dict[str, str] = {
     "disable_dropout": "remove it: there is no dropout",
     # The data.
     "dataset_name": "config.data.path is a .jsonl file",
-    "max_prompt_length": ONE_LENGTH,
     "max_completion_length": ONE_LENGTH,
-    "truncation_mode": "a longer response is cut at its end; see config.data.max_length and config.data.oversize",
+    "truncation_mode": "config.data.truncation is keep_start, keep_end (of prompts alone) or drop",
     "label_pad_token_id": NO_MASK_BY_ID,
     "padding_value": NO_MASK_BY_ID,
     "padding_free": "config.data.packing=best_fit",

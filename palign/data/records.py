@@ -9,6 +9,18 @@ MAX_FLOAT32 = 3.4028234663852886e38
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
+class RecordError(ValueError):
+    """A record that cannot be used; the message is one line that begins with its place.
+
+    Attributes:
+        reason: what is wrong in one or two words, such as `not_json`; records that are skipped are counted by it.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 class Message(NamedTuple):
     """One turn of a conversation; the model's chat template writes it out."""
 

@@ -16,6 +16,7 @@ class Words:
 
     def __init__(self, bos_id=0, eos_id=1, pad_id=1):
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
+        self.eos_ids = frozenset({eos_id})
         self.ids = {"<bos>": 0, "<eos>": 1}
 
     def encode(self, text):
@@ -25,7 +26,7 @@ class Words:
 class Merging:
     """Characters, except that every occurrence of a merged string is one id: worst cases at the seam."""
 
-    vocab_size, bos_id, eos_id, pad_id = 1000, 997, 998, 998
+    vocab_size, bos_id, eos_id, pad_id, eos_ids = 1000, 997, 998, 998, frozenset({998})
 
     def __init__(self, *merges):
         self.merges = merges
@@ -116,6 +117,7 @@ def test_truncation_cuts_the_end_counts_it_and_writes_no_eos():
     assert [ids.tolist() for ids in trees[0].responses] == [[4, 5], [7, 1], [8, 9]]
     assert counts == {
         "records": 1, "responses": 3, "truncated": 2,
+        "prompts_cut": 0, "control_text": 0, "dropped_too_long": 0,
         "dropped_prompt_too_long": 0, "dropped_no_prompt": 0, "dropped_identical": 0,
     }  # fmt: skip
 
