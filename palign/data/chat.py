@@ -256,7 +256,7 @@ def chat_of(tokenizer: Tokenizer) -> Chat:
     return _chat_of(tokenizer, tokenizer.chat_template)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def _chat_of(tokenizer: Tokenizer, template: str | None) -> Chat:
     return Chat(tokenizer)
 
