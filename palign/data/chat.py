@@ -253,11 +253,11 @@ def chat_of(tokenizer: Tokenizer) -> Chat:
         ValueError: as `Chat`.
     """
     assert isinstance(tokenizer, Hashable)
-    return _chat_of(tokenizer, tokenizer.chat_template)
+    return _chat_of(tokenizer, tokenizer.chat_template, tokenizer.eos_ids)
 
 
 @functools.lru_cache(maxsize=8)
-def _chat_of(tokenizer: Tokenizer, template: str | None) -> Chat:
+def _chat_of(tokenizer: Tokenizer, template: str | None, eos_ids: frozenset[int]) -> Chat:
     return Chat(tokenizer)
 
 

@@ -318,7 +318,7 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, model_type: st
             byte_fallback=not word, character_coverage=1.0 if word else 0.9995,
             normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
             hard_vocab_limit=False, user_defined_symbols=[] if word else ["\n"], pad_id=0, bos_id=1, eos_id=2, unk_id=3,
-            max_sentence_length=max(len(line.encode()) for line in lines) + 1, num_threads=1, minloglevel=2,
+            max_sentence_length=max(10, *(len(line.encode()) + 1 for line in lines)), num_threads=1, minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
         raise ValueError(

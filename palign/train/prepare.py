@@ -113,8 +113,8 @@ def _share(prompt: Text, seed: int) -> float:
 
 def _prepare_tokenizer(config, workdir, inherited, records: Sequence[Record]) -> Tokenizer:
     """The run's tokenizer, kept in its workdir by process 0 and read there by the others."""
-    if is_main():
-        tokenizer = _find_tokenizer(config, workdir, inherited, records)
+    if is_main() and not (workdir / CONFIG).is_file():  # else the run was begun and has one
+        tokenizer = _find_tokenizer(config, inherited, records)
         if config.tokenizer.chat_template:
             tokenizer.chat_template = read_chat_template(config.tokenizer.chat_template)
         tokenizer.save(workdir)
@@ -122,10 +122,9 @@ def _prepare_tokenizer(config, workdir, inherited, records: Sequence[Record]) ->
     return load_tokenizer(workdir)
 
 
-def _find_tokenizer(config, workdir, inherited, records: Sequence[Record]) -> Tokenizer:
-    for place in (workdir, config.tokenizer.path, inherited):
-        if place and (place != workdir or (workdir / CONFIG).is_file()):  # a run that was refused left no config
-            return load_tokenizer(place)
+def _find_tokenizer(config, inherited, records: Sequence[Record]) -> Tokenizer:
+    if place := config.tokenizer.path or inherited:
+        return load_tokenizer(place)
     texts = [text for record in records for response in record.responses for text in _texts(record.prompt, response)]
     c = config.tokenizer
     tokenizer = train_sentencepiece(texts, vocab_size=c.vocab_size, model_type=c.model_type)

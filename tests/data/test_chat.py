@@ -1,11 +1,13 @@
 """Conversations: what a template writes, what of it is learned, and what no template may do."""
 
 import functools
+import importlib.util
 import json
 import os
 import pathlib
 import resource
 import subprocess
+import sys
 
 import hypothesis
 import numpy as np
@@ -351,9 +353,12 @@ def test_a_template_is_found_where_transformers_keeps_it(tmp_path):
 
 @pytest.mark.slow
 def test_transformers_still_says_what_is_recorded_and_loads_what_we_save(tmp_path):
-    python = os.environ.get("PALIGN_TRANSFORMERS_PYTHON")
-    if not python:
-        pytest.skip("PALIGN_TRANSFORMERS_PYTHON names no interpreter that has transformers")
+    here = sys.executable if importlib.util.find_spec("transformers") else None
+    python = os.environ.get("PALIGN_TRANSFORMERS_PYTHON", here)
+    if python is None:
+        pytest.skip(
+            "transformers is not installed, nor does PALIGN_TRANSFORMERS_PYTHON name an interpreter that has it"
+        )
     script = FIXTURE.with_name("make_chat_fixture.py")
     subprocess.run([python, script, tmp_path / "again.json"], check=True)
     again = json.loads((tmp_path / "again.json").read_text())
