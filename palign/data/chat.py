@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,10 @@ MAX_SECONDS = 1.0  # of processor time, for one rendering
 LIMITS = {"seconds": MAX_SECONDS, "memory": 1 << 29, "output": MAX_OUTPUT}  # memory: bytes of address space
 NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
 WORKER = pathlib.Path(__file__).with_name("template_worker.py")
+
+
+# Messages, and whether to go on to where the assistant begins to write.
+Request = tuple[tuple[Message, ...], bool]
 
 
 class Rendered(NamedTuple):
@@ -54,21 +58,16 @@ class ChatTemplate:
         self._source, self._variables = source, dict(variables)
         self._worker: subprocess.Popen | None = None
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> Rendered:
-        """Writes a conversation out.
-
-        Args:
-            messages: the conversation.
-            add_generation_prompt: whether to go on to where the assistant begins to write.
-
-        Returns:
-            The text.
+    def render(self, requests: Iterable[Request]) -> dict[Request, Rendered]:
+        """Writes conversations out, several at once: it takes longer to reach the process than to render.
 
         Raises:
             ValueError: if the template is malformed, raises an error, or exceeds a limit.
         """
-        answer = self._ask([[message._asdict() for message in messages], add_generation_prompt])
-        return Rendered(answer["text"], tuple(map(tuple, answer["spans"])))
+        wanted = list(dict.fromkeys(requests))
+        answer = self._ask([[[message._asdict() for message in messages], flag] for messages, flag in wanted])
+        made = [Rendered(one["text"], tuple(map(tuple, one["spans"]))) for one in answer["rendered"]]
+        return dict(zip(wanted, made, strict=True))
 
     def _ask(self, request: object) -> dict:
         if self._worker is None:
@@ -148,12 +147,15 @@ class Chat:
         self._control = re.compile("|".join(longest_first) or "(?!)")
         self._tokenizer, self._template = tokenizer, ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
         self._marked = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", tokenizer.chat_template) is not None
-        # The K responses of a record render and encode the same beginnings.
-        self._render = functools.lru_cache(64)(self._template.render)
-        self._encode = functools.lru_cache(64)(self._encode_rendered)
-        answer = "palign"
-        probe = self._render((Message("user", "?"), Message("assistant", answer)), add_generation_prompt=False)
-        end = self._control.match(probe.text.rpartition(answer)[2].lstrip())
+        self._encode = functools.lru_cache(64)(self._encode_rendered)  # the K responses of a record begin alike
+        probe = (Message("user", "?"), Message("assistant", "palign")), False
+        try:
+            text = self._template.render([probe])[probe].text
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; it has to write out a question and an answer: name another in config.tokenizer.chat_template"
+            ) from None
+        end = self._control.match(text.rpartition("palign")[2].lstrip())
         self.stop_ids = tokenizer.eos_ids | ({control[end[0]]} if end else set())
 
     def control_text(self, messages: Iterable[Message]) -> str:
@@ -178,29 +180,47 @@ class Chat:
         Raises:
             ValueError: as `ChatTemplate.render`.
         """
-        return self._encode(self._render(messages, add_generation_prompt=True).text)
+        request = messages, True
+        return self._encode(self._template.render([request])[request].text)
 
-    def encode_response(self, prompt: tuple[Message, ...], response: tuple[Message, ...]) -> Encoded:
-        """Tokenises a whole conversation.
+    def encode(
+        self, prompt: tuple[Message, ...], responses: Sequence[tuple[Message, ...]]
+    ) -> tuple[np.ndarray, list[Encoded]]:
+        """Tokenises a prompt alone and with each of its responses.
 
         Args:
             prompt: what is given; may be empty.
-            response: what follows it; the assistant's turns in it are learned.
+            responses: what follows it; the assistant's turns in them are learned.
 
         Returns:
-            The ids up to the end of the last turn that is learned, which is a stop token, and which are learned.
+            The prompt's ids (those of the first whole text if it is empty), and of each response the ids up to the end
+            of its last turn, which is a stop token.
 
         Raises:
-            ValueError: if nothing is learned, or the template fails or changes what it wrote before.
+            ValueError: if nothing of a response is learned, or the template fails or changes what it wrote before.
         """
-        rendered = self._render(prompt + response, add_generation_prompt=False)
-        ids = self._encode(rendered.text)
-        find = self._marked_turns if self._marked else self._unmarked_turns
-        places = [[self._tokens_before(place, rendered.text) for place in turn] for turn in find(prompt, response)]
-        if not places:
+        alone = [(prompt, True), (prompt, False)] if prompt else []
+        wholes = [(prompt + response, False) for response in responses]
+        turns = [[] if self._marked else list(_turns(prompt, response)) for response in responses]
+        rendered = self._template.render([*alone, *wholes, *(request for each in turns for request in sum(each, ()))])
+        known = _length(rendered, alone[1], wholes) if prompt else 0
+        encoded = []
+        for whole, pairs in zip(wholes, turns, strict=True):
+            if self._marked:
+                spans = [span for span in rendered[whole].spans if span[1] > known]
+            else:
+                spans = [(_length(rendered, start, [whole]), _length(rendered, end, [whole])) for start, end in pairs]
+            encoded.append(self._encode_turns(rendered[whole].text, spans))
+        return self._encode(rendered[alone[0]].text) if prompt else encoded[0].ids, encoded
+
+    def _encode_turns(self, text: str, spans: Sequence[tuple[int, int]]) -> Encoded:
+        """Tokenises a whole text of which some spans of characters are learned."""
+        if not spans:
             raise ValueError("the chat template marks nothing of the response with {% generation %}; correct it")
+        ids = self._encode(text)
         learned = np.zeros(ids.size + 1, bool)
-        for first, last in places:
+        for span in spans:
+            first, last = (common_prefix(self._encode(text[:place]), ids) for place in span)
             stops = [i for i in range(first, min(last + 1, ids.size)) if int(ids[i]) in self.stop_ids]
             end = stops[0] + 1 if stops else last  # what is sampled ends there too
             learned[first:end] = True
@@ -209,41 +229,28 @@ class Chat:
             end += 1
         return Encoded(ids[:end], learned[:end])
 
-    def _marked_turns(self, prompt: tuple[Message, ...], response: tuple[Message, ...]) -> list[tuple[int, int]]:
-        """The `{% generation %}` blocks behind the prompt, as places in the text."""
-        rendered = self._render(prompt + response, add_generation_prompt=False)
-        known = self._length(prompt, rendered.text, add_generation_prompt=False)
-        return [span for span in rendered.spans if span[1] > known]
-
-    def _unmarked_turns(self, prompt: tuple[Message, ...], response: tuple[Message, ...]) -> list[tuple[int, int]]:
-        """The assistant's turns behind the prompt: from where it begins to write to where the next turn begins."""
-        messages = prompt + response
-        text = self._render(messages, add_generation_prompt=False).text
-        self._length(prompt, text, add_generation_prompt=False)
-        turns = [i for i in range(len(prompt), len(messages)) if messages[i].role == "assistant"]
-        starts = [self._length(messages[:i], text, add_generation_prompt=True) for i in turns]
-        ends = [self._length(messages[: i + 1], text, add_generation_prompt=False) for i in turns]
-        return list(zip(starts, ends, strict=True))
-
-    def _length(self, messages: tuple[Message, ...], text: str, *, add_generation_prompt: bool) -> int:
-        """How many characters the first messages of a conversation are, which must begin its whole text."""
-        if not messages:
-            return 0
-        part = self._render(messages, add_generation_prompt=add_generation_prompt).text
-        if not text.startswith(part):
-            raise ValueError(
-                f"the chat template writes the first {len(messages)} messages differently once more follow, so what "
-                "the assistant wrote cannot be told; put {% generation %} and {% endgeneration %} around it in a copy "
-                "of the template and name that in config.tokenizer.chat_template"
-            )
-        return len(part)
-
-    def _tokens_before(self, place: int, text: str) -> int:
-        """How many tokens of a text lie wholly before a place in it."""
-        return common_prefix(self._encode(text[:place]), self._encode(text))
-
     def _encode_rendered(self, text: str) -> np.ndarray:
         return np.asarray(self._tokenizer.encode_rendered(text), np.int32)
+
+
+def _turns(prompt: tuple[Message, ...], response: tuple[Message, ...]) -> Iterator[tuple[Request, Request]]:
+    """The conversation up to each turn of the assistant in the response, and up to that turn's end."""
+    messages = prompt + response
+    for i in range(len(prompt), len(messages)):
+        if messages[i].role == "assistant":
+            yield (messages[:i], True), (messages[: i + 1], False)
+
+
+def _length(rendered: Mapping[Request, Rendered], beginning: Request, wholes: Iterable[Request]) -> int:
+    """How many characters the beginning of conversations is, which must begin their whole texts."""
+    text = rendered[beginning].text
+    if not all(rendered[whole].text.startswith(text) for whole in wholes):
+        raise ValueError(
+            f"the chat template writes the first {len(beginning[0])} messages differently once more follow, so what "
+            "the assistant wrote cannot be told; put {% generation %} and {% endgeneration %} around it in a copy of the "
+            "template and name that in config.tokenizer.chat_template"
+        )
+    return len(text)
 
 
 def chat_of(tokenizer: Tokenizer) -> Chat:

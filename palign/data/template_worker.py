@@ -4,8 +4,9 @@ A template is a program from wherever the model came from. Jinja's sandbox keeps
 using up time and memory, and no thread or signal handler interrupts one long operation of the interpreter. A process
 can: the kernel ends it when its processor time is over, and it gets no more memory than it is allowed.
 
-The first line of the input is the set-up `{"template", "variables", "seconds", "memory", "output"}`, every other one
-`[messages, add_generation_prompt]`. Each is answered by one line, `{"error"}` or `{"text", "spans"}`.
+The first line of the input is the set-up `{"template", "variables", "seconds", "memory", "output"}`, every other one a
+list of `[messages, add_generation_prompt]`. Each is answered by one line: `{"error"}`, or `{"rendered"}` with `{"text",
+"spans"}` for each.
 """
 
 import datetime
@@ -109,10 +110,10 @@ def main() -> None:
     ready = isinstance(template, jinja2.Template)
     print(json.dumps({} if ready else template), flush=True)
     for line in sys.stdin:
-        answer = template
-        if ready:
-            answer = _answer(_render, template, setup["variables"], json.loads(line), setup["output"], **limit)
-        print(json.dumps(answer), flush=True)
+        arguments = ((template, setup["variables"], request, setup["output"]) for request in json.loads(line))
+        answers = [_answer(_render, *each, **limit) for each in arguments] if ready else [template]
+        failed = next((answer for answer in answers if "error" in answer), None)
+        print(json.dumps(failed or {"rendered": answers}), flush=True)
 
 
 if __name__ == "__main__":

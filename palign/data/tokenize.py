@@ -226,8 +226,7 @@ def _encode_conversation(record: Record, tokenizer: Tokenizer, control_text: str
         )
     try:
         prompt, *responses = (chat.escape(messages) for messages in parts)
-        encoded = [chat.encode_response(prompt, response) for response in responses]
-        return chat.encode_prompt(prompt) if prompt else encoded[0].ids, encoded
+        return chat.encode(prompt, responses)
     except ValueError as error:
         raise RecordError("chat_template", f"{record.where}: {error}") from None
 

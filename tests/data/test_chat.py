@@ -26,7 +26,12 @@ FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures" / "chat.json"
 RECORDED = json.loads(FIXTURE.read_text(encoding="utf-8"))
 MODEL = json.dumps(RECORDED["tokenizer"])
 USER, ASSISTANT = "user", "assistant"
-QUESTION = (Message(USER, "a"),)
+
+
+def rendered(template):
+    """What a template makes of a question."""
+    request = (Message(USER, "a"),), True
+    return template.render([request])[request].text
 
 
 @functools.cache
@@ -203,6 +208,14 @@ def test_conversations_without_a_template_say_where_to_name_one():
         tokenize_record(record([(USER, "a")], [(ASSISTANT, "b")]), JsonTokenizer(MODEL, eos="</s>"))
 
 
+@pytest.mark.parametrize("bad_records", ["error", "skip"])
+def test_a_template_that_cannot_work_is_the_configs_error_and_no_records(bad_records):
+    records = [record([(USER, "a")], [(ASSISTANT, "b")])]
+    for source, cause in (("{% for %}", "TemplateSyntaxError"), ("{{ 1 // 0 }}", "ZeroDivisionError")):
+        with pytest.raises(ValueError, match=rf"^the chat template raises {cause}.*: name another in config.tokenizer"):
+            tokenize_records(records, recorded(source), max_length=9, bad_records=bad_records)
+
+
 def test_a_template_that_writes_turns_otherwise_later_is_refused_until_it_is_marked():
     turns = [(USER, "a"), (ASSISTANT, "<think>b</think>c"), (USER, "d"), (ASSISTANT, "<think>e</think>f")]
     with pytest.raises(
@@ -230,7 +243,7 @@ def test_a_templates_own_complaint_is_one_line_with_the_records_place():
 
 def test_the_date_that_a_template_writes_never_changes():
     template = ChatTemplate("{{ strftime_now('%d %b %Y') }}{{ messages | length }}", {})
-    assert template.render(QUESTION, add_generation_prompt=False).text == "26 Jul 20241"
+    assert rendered(template) == "26 Jul 20241"
 
 
 OUT_OF_TIME = "takes more than 1 s of processor time"
@@ -262,7 +275,7 @@ def test_a_hostile_template_is_stopped_within_two_seconds_and_named(source, tmp_
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     template = ChatTemplate(source, {})
     with pytest.raises(ValueError, match=f"^the chat template .*({HOSTILE[source]})") as caught:
-        template.render(QUESTION, add_generation_prompt=True)
+        rendered(template)
     del template  # ends its process, whose time then counts
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
@@ -270,7 +283,7 @@ def test_a_hostile_template_is_stopped_within_two_seconds_and_named(source, tmp_
 
 
 def test_a_template_may_be_so_long_and_no_longer():
-    assert ChatTemplate("a" * MAX_TEMPLATE, {}).render((), add_generation_prompt=False).text == "a" * MAX_TEMPLATE
+    assert rendered(ChatTemplate("a" * MAX_TEMPLATE, {})) == "a" * MAX_TEMPLATE
     with pytest.raises(ValueError, match="at most 65536 bytes"):
         ChatTemplate("a" * (MAX_TEMPLATE + 1), {})
 
