@@ -70,30 +70,34 @@ class ChatTemplate:
         return dict(zip(wanted, made, strict=True))
 
     def _ask(self, request: object) -> dict:
-        if self._worker is None:
-            # -P: the script's folder is not searched for modules, or tokenize.py there would shadow Python's own.
-            command = [sys.executable, "-P", str(WORKER)]
-            quiet = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-            self._worker = subprocess.Popen(command, start_new_session=True, **quiet)  # type: ignore[call-overload]
-            weakref.finalize(self, _end, self._worker)
-            self._exchange({"template": self._source, "variables": self._variables} | LIMITS)
-        return self._exchange(request)
-
-    def _exchange(self, request: object) -> dict:
-        worker = self._worker
-        assert worker is not None and worker.stdin is not None and worker.stdout is not None
-        try:
-            worker.stdin.write(json.dumps(request).encode() + b"\n")
-            worker.stdin.flush()
-            answer = json.loads(worker.stdout.readline() or "null")
-        except BrokenPipeError:
-            answer = None
-        if answer is None:
-            self._worker = None  # the next record gets a new one
-            answer = {"error": _cause_of_death(_end(worker))}
+        # An exchange that is interrupted leaves a process whose answer is still to come: nobody asks that one again.
+        worker, self._worker = self._worker or self._start(), None
+        answer = _exchange(worker, request)
+        self._worker = worker if worker.poll() is None else None
         if "error" in answer:
             raise ValueError(f"the chat template {answer['error']}")
         return answer
+
+    def _start(self) -> subprocess.Popen:
+        # -P: the script's folder is not searched for modules, or tokenize.py there would shadow Python's own.
+        command = [sys.executable, "-P", str(WORKER)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        worker = subprocess.Popen(command, start_new_session=True, **pipes)  # type: ignore[call-overload]
+        weakref.finalize(self, _end, worker)
+        _exchange(worker, {"template": self._source, "variables": self._variables} | LIMITS)
+        return worker
+
+
+def _exchange(worker: subprocess.Popen, request: object) -> dict:
+    """Hands a worker one line and takes its answer, an error if it has ended."""
+    assert worker.stdin is not None and worker.stdout is not None
+    try:
+        worker.stdin.write(json.dumps(request).encode() + b"\n")
+        worker.stdin.flush()
+        line = worker.stdout.readline()
+    except (BrokenPipeError, ValueError):  # it has ended, and its pipes were closed when that was noticed before
+        line = b""
+    return json.loads(line) if line else {"error": _cause_of_death(_end(worker))}
 
 
 def _end(worker: subprocess.Popen) -> int:
@@ -247,8 +251,8 @@ def _length(rendered: Mapping[Request, Rendered], beginning: Request, wholes: It
     if not all(rendered[whole].text.startswith(text) for whole in wholes):
         raise ValueError(
             f"the chat template writes the first {len(beginning[0])} messages differently once more follow, so what "
-            "the assistant wrote cannot be told; put {% generation %} and {% endgeneration %} around it in a copy of the "
-            "template and name that in config.tokenizer.chat_template"
+            "the assistant wrote cannot be told; put {% generation %} and {% endgeneration %} around it in a copy of "
+            "the template and name that in config.tokenizer.chat_template"
         )
     return len(text)
 

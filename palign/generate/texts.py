@@ -92,7 +92,9 @@ def generate(
 
 def as_text(prompt: Text) -> str:
     """Returns a prompt for people to read, conversations a line a turn."""
-    return prompt if isinstance(prompt, str) else "".join(f"{turn.role}: {turn.content}\n" for turn in prompt)
+    if isinstance(prompt, str):
+        return prompt
+    return "".join(f"{turn.role}: {turn.content}\n" for turn in prompt) + "assistant: "
 
 
 def as_row(prompt: Text, samples: Sequence[Generation]) -> dict[str, Any]:

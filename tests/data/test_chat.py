@@ -8,6 +8,7 @@ import pathlib
 import resource
 import subprocess
 import sys
+from unittest import mock
 
 import hypothesis
 import numpy as np
@@ -294,6 +295,15 @@ def test_a_template_that_was_stopped_goes_on_with_the_next_record():
     records = [record([(USER, text)], [(ASSISTANT, "b")]) for text in ("a", "loop", "c")]
     trees, counts = tokenize_records(records, tokenizer, max_length=99, bad_records="skip")
     assert len(trees) == 2 and counts["skipped/chat_template"] == 1
+
+
+def test_an_exchange_that_was_interrupted_is_not_answered_later():
+    template = ChatTemplate("{{ messages[0].content }}", {})
+    first, second = (((Message(USER, text),), False) for text in "ab")
+    template.render([first])
+    with mock.patch("palign.data.chat.json.loads", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        template.render([first])
+    assert template.render([second])[second].text == "b"
 
 
 PIECES = st.sampled_from(

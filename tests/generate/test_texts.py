@@ -111,7 +111,7 @@ def test_a_conversation_is_continued_behind_its_template_and_ends_with_its_turn(
         "responses": [[{"role": "assistant", "content": ended.text}]],
         "scores": [ended.logp],
     }
-    assert as_text(said) == "user: short\n" and as_row("short", [ended])["responses"] == [ended.text]
+    assert as_text(said) == "user: short\nassistant: " and as_row("short", [ended])["responses"] == [ended.text]
 
 
 def test_an_empty_prompt_needs_a_tokenizer_with_bos():
