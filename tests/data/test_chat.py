@@ -301,8 +301,10 @@ def test_an_exchange_that_was_interrupted_is_not_answered_later():
     template = ChatTemplate("{{ messages[0].content }}", {})
     first, second = (((Message(USER, text),), False) for text in "ab")
     template.render([first])
-    with mock.patch("palign.data.chat.json.loads", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-        template.render([first])
+    worker = template._worker
+    deaf = mock.Mock(readline=mock.Mock(side_effect=KeyboardInterrupt))
+    with mock.patch.object(worker, "stdout", deaf), pytest.raises(KeyboardInterrupt):
+        template.render([first])  # the answer stays in the pipe
     assert template.render([second])[second].text == "b"
 
 
