@@ -237,9 +237,10 @@ def test_a_template_that_marks_nothing_is_refused():
 
 
 def test_a_templates_own_complaint_is_one_line_with_the_records_place():
-    turns = [(USER, "a"), (USER, "b"), (ASSISTANT, "c")]
-    with pytest.raises(RecordError, match=r"^f:7: the chat template raises TemplateError: Conversation roles must"):
-        tokenize_record(record(turns[:-1], turns[-1:]), recorded(TEMPLATES["gemma"]))
+    one = record([("system", "a"), (USER, "b")], [(ASSISTANT, "c")])
+    without = "{% if messages[0].role == 'system' %}{{ raise_exception('System role\nnot supported') }}{% endif %}"
+    with pytest.raises(RecordError, match=r"^f:7: the chat template raises TemplateError: System role not supported$"):
+        tokenize_record(one, recorded(without + CHATML))
 
 
 def test_the_date_that_a_template_writes_never_changes():

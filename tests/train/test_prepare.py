@@ -131,7 +131,8 @@ def test_conversations_are_written_out_by_the_template_that_the_config_names(tmp
 
 
 def test_room_for_a_sample_follows_a_conversation_too(tmp_path):
-    rows = [{"prompt": [{"role": "user", "content": f"{text} ?"}], "completion": []} for text in "abc"]
+    answer = [{"role": "assistant", "content": "another"}]
+    rows = [{"prompt": [{"role": "user", "content": f"{text} ?"}], "completion": answer} for text in "abc"]
     path, template = write(tmp_path / "asked.jsonl", *rows), tmp_path / "template.jinja"
     template.write_text(TEMPLATE)
     run = config(
