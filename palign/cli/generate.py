@@ -15,6 +15,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = app.parser("palign.cli.generate", __doc__)
     parser.add_argument("--workdir", required=True, help="of a run; @STEP, @last or @best behind it")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    parser.add_argument("--message", action="append", default=[], help="what a user says, under the chat template")
     parser.add_argument("--prompts", default="", help="a data file whose prompts are used")
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--max_new_tokens", type=int, default=128)
@@ -27,13 +28,15 @@ def main(arguments: Sequence[str]) -> None:
     given = vars(parser.parse_args(arguments))
 
     from palign.data.readers import read_records
+    from palign.data.records import Message
 
-    prompts, file = given.pop("prompt"), given.pop("prompts")
+    prompts, messages, file = (given.pop(name) for name in ("prompt", "message", "prompts"))
+    prompts += [(Message("user", text),) for text in messages]
     prompts += [record.prompt for record in read_records(file)[0]] if file else []
     if not prompts:
-        raise ValueError("no prompt: give --prompt=TEXT or --prompts=FILE")
+        raise ValueError("no prompt: give --prompt=TEXT, --message=TEXT or --prompts=FILE")
 
-    from palign.generate.texts import generate
+    from palign.generate.texts import as_row, as_text, generate
     from palign.train.metrics import Reporter
     from palign.train.sources import load_run
 
@@ -43,11 +46,10 @@ def main(arguments: Sequence[str]) -> None:
         drawn = generate(loaded.lm, loaded.params, loaded.tokenizer, prompts, progress=progress, **given)
     for prompt, samples in zip(prompts, drawn, strict=True):
         if as_json:
-            record = {"prompt": prompt, "responses": [s.text for s in samples], "scores": [s.logp for s in samples]}
-            print(json.dumps(record, ensure_ascii=False))
+            print(json.dumps(as_row(prompt, samples), ensure_ascii=False))
             continue
         for sample in samples:
-            print(f"{prompt}\033[1m{sample.text}\033[0m" if sys.stdout.isatty() else prompt + sample.text)
+            print(as_text(prompt) + (f"\033[1m{sample.text}\033[0m" if sys.stdout.isatty() else sample.text))
 
 
 if __name__ == "__main__":

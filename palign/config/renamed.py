@@ -4,7 +4,6 @@
 """
 
 NO_MASK_BY_ID = "remove it: which tokens count is known from lengths, and no id means padding"
-ONE_LENGTH = "config.data.max_length bounds a prompt and one response together"
 ONE_ADAPTER = "remove it: LoRA factors are laid on config.init_from, which is the reference too"
 
 # Last part of the key -> what it is now, as it follows "no such setting; ".
@@ -53,9 +52,8 @@ RENAMED: dict[str, str] = {
     "dataset_text_field": "rename the column to text",
     "datasets": "config.data.mixture is a dict, path -> weight; columns have the names of docs/data.md",
     "data_seed": "config.data.seed",
-    "max_prompt_length": ONE_LENGTH,
-    "max_completion_length": ONE_LENGTH,
-    "truncation_mode": "a longer response is cut at its end; see config.data.max_length and config.data.oversize",
+    "max_completion_length": "config.data.max_length bounds a prompt and one response together",
+    "truncation_mode": "config.data.truncation is keep_start, keep_end (of prompts alone) or drop",
     "label_pad_token_id": NO_MASK_BY_ID,
     "padding_value": NO_MASK_BY_ID,
     "padding_free": "config.data.packing=best_fit",

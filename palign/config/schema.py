@@ -116,6 +116,7 @@ class TokenizerConfig:
     """Which tokenizer; without a path one is trained on the training texts."""
 
     path: str = ""  # a .model, a tokenizer.json, or a directory that holds one
+    chat_template: str = ""  # a file of Jinja that writes out conversations; "": what lies beside the tokenizer
     model_type: str = "bpe"  # of a trained one: bpe, unigram, word
     vocab_size: int = 2048  # of a trained one
 
@@ -137,7 +138,10 @@ class DataConfig:
     score_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)  # attribute -> weight, of rated data
     records: str = "all"  # all, best_response (SFT on the preferred one), reversed (the worse is preferred), grouped
     bad_records: str = "error"  # error, skip (drop and count records that cannot be used)
+    control_text: str = "refuse"  # refuse, escape (read as text): the name of a control token in a message
     max_length: int = 512  # most tokens of a prompt and one response
+    max_prompt_length: int = 0  # most tokens of a prompt; 0 = max_length - 1
+    truncation: str = "keep_start"  # of longer ones: keep_start, keep_end (prompts lose their beginning), drop
     row_length: int = 1024  # T, tokens of a row
     rows_per_step: int = 8  # R, over all micro-batches and devices
     micro_batches: int = 1  # A, gradients are summed over
@@ -152,7 +156,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Checks ranges and what must divide."""
         _positive("data", self, "max_length", "row_length", "rows_per_step", "micro_batches", "trees_per_row", "block")
-        _not_negative("data", self, "limit", "eval_fraction", "seed")
+        _not_negative("data", self, "limit", "eval_fraction", "seed", "max_prompt_length")
         _require(self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "a fraction below 1")
         _one_of("data", self, "records", ("all", "best_response", "reversed", "grouped"))
         _one_of("data", self, "bad_records", ("error", "skip"))
@@ -162,6 +166,14 @@ class DataConfig:
             _require(math.isfinite(weight) and weight > 0, f"data.mixture.{name}", weight, "a number above 0")
         for name, weight in self.score_weights.items():
             _require(math.isfinite(weight), f"data.score_weights.{name}", weight, "a finite number")
+        _one_of("data", self, "control_text", ("refuse", "escape"))
+        _one_of("data", self, "truncation", ("keep_start", "keep_end", "drop"))
+        room = self.max_prompt_length < self.max_length
+        _require(room, "data.max_prompt_length", self.max_prompt_length, f"less than max_length = {self.max_length}")
+        if self.truncation == "keep_end" and not self.max_prompt_length:
+            raise ValueError(
+                "config.data.truncation = 'keep_end': set config.data.max_prompt_length, what a prompt keeps"
+            )
         _one_of("data", self, "packing", ("best_fit", "one_per_row"))
         _one_of("data", self, "layout", ("packed", "unshared"))
         _one_of("data", self, "oversize", ("error", "subset"))

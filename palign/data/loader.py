@@ -25,9 +25,9 @@ class Dataset:
         pair_policy: a name in `pack.PAIR_POLICIES`.
         layout: a name in `pack.LAYOUTS`.
         seed: of the pairs that a policy draws.
-        reference_logps: for each tree and response one cached log-probability (nats) a token, or None.
+        reference_logps: for each tree and response one cached log-probability (nats) a target, or None.
         weights: each tree's importance, or None.
-        hidden: role of a frozen model -> for each tree and response its hidden states at the targets, `[tokens, D]`,
+        hidden: role of a frozen model -> for each tree and response its hidden states at the targets, `[targets, D]`,
             or None.
         pieces: into how many pieces devices cut a row; what a row means does not depend on it.
     """
@@ -159,4 +159,6 @@ def fingerprint(dataset: Dataset) -> str:
         digest.update(np.asarray(tree.scores, "<f8").tobytes())
         for part in parts:
             digest.update(part.astype("<i4", copy=False).tobytes())
+        for mask in tree.learned or ():
+            digest.update(mask.tobytes())
     return digest.hexdigest()

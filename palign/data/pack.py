@@ -280,7 +280,7 @@ class _Row:
         self.used_pairs = end
 
     def add_segments(self, e: int, tree: TokenTree, segments: list[Segment]) -> None:
-        prompt_length, prompt_end = tree.prompt.size, -1
+        prompt_length, prompt_end, masks = tree.prompt.size, -1, tree.masks
         for copy, k in segments:
             tokens = tree.prompt if k == 0 else tree.responses[k - 1]
             start, end = self.used_tokens, self.used_tokens + tokens.size
@@ -295,16 +295,15 @@ class _Row:
                 prompt_end = end - 1
                 continue
             self.response_end[e, k - 1] = end - 1
-            self._add_targets(1 + e * self.shape.responses + k - 1, tokens, prompt_end, start)
+            self._add_targets(1 + e * self.shape.responses + k - 1, tokens, masks[k - 1], prompt_end, start)
         self.used_groups += 1 + max(segment.copy for segment in segments)
 
-    def _add_targets(self, slot: int, tokens: np.ndarray, prompt_end: int, start: int) -> None:
-        begin, end = self.used_targets, self.used_targets + tokens.size
+    def _add_targets(self, slot: int, tokens: np.ndarray, learned: np.ndarray, prompt_end: int, start: int) -> None:
+        begin, end = self.used_targets, self.used_targets + int(learned.sum())
         _check_room("targets", end, self.shape.targets)
         source, token, slots = self.targets
-        source[begin] = prompt_end
-        source[begin + 1 : end] = np.arange(start, start + tokens.size - 1)
-        token[begin:end] = tokens
+        source[begin:end] = np.append(prompt_end, np.arange(start, start + tokens.size - 1))[learned]
+        token[begin:end] = tokens[learned]
         slots[begin:end] = slot
         self.used_targets = end
 
@@ -354,8 +353,9 @@ def subset_tree(tree: TokenTree, keep: int, seed: int) -> TokenTree:
     best, worst = int(np.argmax(tree.scores)), int(np.argmin(tree.scores))
     sample = [int(k) for k in np.random.default_rng((seed, tree.id)).permutation(K)]
     kept = sorted(list(dict.fromkeys([best, worst, *sample]))[:keep])
+    learned = tree.learned and tuple(tree.learned[k] for k in kept) + tree.learned[K:]
     responses = tuple(tree.responses[k] for k in kept) + others
-    return tree._replace(responses=responses, scores=tuple(tree.scores[k] for k in kept))
+    return tree._replace(responses=responses, scores=tuple(tree.scores[k] for k in kept), learned=learned)
 
 
 def _check_tree(tree: TokenTree, shape: RowShape) -> None:
@@ -374,6 +374,12 @@ def _check_tree(tree: TokenTree, shape: RowShape) -> None:
         raise ValueError(
             f"example {tree.id} has {tree.prompt.size} prompt tokens, responses of {[r.size for r in tree.responses]} "
             f"tokens and {len(tree.scores)} scores; expected at least one token in each and one score a response"
+        )
+    sizes = [response.size for response in tree.responses]
+    if tree.learned is not None and ([mask.size for mask in tree.learned] != sizes or not all(tree.num_targets)):
+        raise ValueError(
+            f"example {tree.id} learns {tree.num_targets} tokens of responses of {sizes} tokens; expected at least one "
+            "of each, told by a mask of the response's length"
         )
     if tree.id < 0:
         raise ValueError(f"example id {tree.id} is negative; expected 0 or more, since -1 marks an empty slot")

@@ -76,8 +76,7 @@ def row_needs(trees: Sequence[TokenTree], *, layout: str, pair_policy: str) -> R
     policy, rng = named(PAIR_POLICIES, pair_policy, "pair policy"), np.random.default_rng(0)
     needs = np.empty((3, len(trees)), np.int64)
     for i, tree in enumerate(trees):
-        lengths = [response.size for response in tree.responses]
-        needs[:, i] = tree_tokens(tree.prompt.size, lengths, layout), sum(lengths), len(policy(tree.scores, rng))
+        needs[:, i] = _tokens(tree, layout), sum(tree.num_targets), len(policy(tree.scores, rng))
     return RowNeeds(*needs)
 
 
@@ -343,7 +342,7 @@ def _require_fit(trees: Sequence[TokenTree], shape: RowShape, layout: str, advic
 
 def _fits(tree: TokenTree, shape: RowShape, layout: str) -> bool:
     few = len(tree.responses) <= shape.responses
-    short = sum(response.size for response in tree.responses) <= shape.targets
+    short = sum(tree.num_targets) <= shape.targets
     return few and short and _tokens(tree, layout) <= shape.tokens
 
 

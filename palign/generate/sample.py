@@ -36,7 +36,7 @@ def make_sampler(
     *,
     samples: int,
     max_new_tokens: int,
-    eos_id: int,
+    eos_ids: tuple[int, ...],
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -50,7 +50,7 @@ def make_sampler(
         lm: the model.
         samples: K, how many of each prompt.
         max_new_tokens: N.
-        eos_id: the token that ends a sample.
+        eos_ids: the tokens that end a sample.
         temperature: 0 takes the most likely token.
         top_k: 0 for all.
         top_p: 1 for all.
@@ -75,7 +75,7 @@ def make_sampler(
         def advance(carry):
             logits = next_logits(carry.hidden, unembedding)
             chosen = pick(logits, jax.random.fold_in(carry.key, carry.step))
-            grown = _append(carry.samples, carry.step, chosen, logits, eos_id)
+            grown = _append(carry.samples, carry.step, chosen, logits, jnp.asarray(eos_ids))
             hidden, cache = lm.decode_step(params, carry.cache, chosen)
             return _Carry(carry.step + 1, hidden, cache, grown, carry.key)
 
@@ -122,13 +122,13 @@ def _nothing(B: int, K: int, N: int) -> Samples:
     )
 
 
-def _append(samples: Samples, step, chosen, logits, eos_id: int) -> Samples:
+def _append(samples: Samples, step, chosen, logits, eos_ids: Array) -> Samples:
     open_ = ~samples.finished
     logp = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), chosen[..., None], axis=-1)[..., 0]
     return Samples(
         samples.token.at[:, :, step].set(jnp.where(open_, chosen, 0)),
         samples.length + open_.astype(jnp.int32),
-        samples.finished | (chosen == eos_id),
+        samples.finished | jnp.isin(chosen, eos_ids),
         samples.logps + jnp.where(open_, logp, 0.0),
     )
 

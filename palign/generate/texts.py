@@ -1,4 +1,4 @@
-"""From prompts as text to samples as text: tokenises, batches, and shows how far it is."""
+"""From prompts as text or conversations to samples as text: tokenises, batches, and shows how far it is."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from palign.data.chat import stop_ids
+from palign.data.records import Text
+from palign.data.tokenize import encode_prompt
 from palign.data.tokenizers import Tokenizer
 from palign.generate.sample import make_sampler
 from palign.models.protocol import LanguageModel
@@ -27,7 +30,7 @@ def generate(
     lm: LanguageModel,
     params: Any,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Text],
     *,
     samples: int = 1,
     max_new_tokens: int = 128,
@@ -44,7 +47,7 @@ def generate(
         lm: the model.
         params: its weights.
         tokenizer: the model's.
-        prompts: texts, of any lengths.
+        prompts: of any lengths; conversations are written out by the tokenizer's chat template.
         samples: how many of each.
         max_new_tokens: the longest sample.
         temperature: see `make_sampler`.
@@ -58,7 +61,8 @@ def generate(
         For every prompt its samples.
 
     Raises:
-        ValueError: an empty prompt under a tokenizer without BOS, or a setting out of range.
+        ValueError: an empty prompt under a tokenizer without BOS, a conversation under one without a chat template, or
+            a setting out of range.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size = {batch_size}: expected 1 or more")
@@ -66,12 +70,12 @@ def generate(
         lm,
         samples=samples,
         max_new_tokens=max_new_tokens,
-        eos_id=tokenizer.eos_id,
+        eos_ids=stop_ids(tokenizer),
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
     )
-    ids = [_encode(tokenizer, prompt) for prompt in prompts]
+    ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: ids[i].size)  # alike lengths together: less padding
     out: list[list[Generation]] = [[] for _ in prompts]
     key = jax.random.key(seed)
@@ -86,12 +90,20 @@ def generate(
     return out
 
 
-def _encode(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids = np.asarray(start + list(tokenizer.encode(prompt)), np.int32)
-    if not ids.size:
-        raise ValueError("an empty prompt needs a tokenizer with BOS; write a prompt of one token or more")
-    return ids
+def as_text(prompt: Text) -> str:
+    """Returns a prompt for people to read, conversations a line a turn."""
+    if isinstance(prompt, str):
+        return prompt
+    return "".join(f"{turn.role}: {turn.content}\n" for turn in prompt) + "assistant: "
+
+
+def as_row(prompt: Text, samples: Sequence[Generation]) -> dict[str, Any]:
+    """Returns a prompt and its samples as a row of data, scored by their log-probability."""
+    texts, scores = [sample.text for sample in samples], [sample.logp for sample in samples]
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "responses": texts, "scores": scores}
+    responses = [[{"role": "assistant", "content": text}] for text in texts]
+    return {"prompt": [turn._asdict() for turn in prompt], "responses": responses, "scores": scores}
 
 
 def _pad(ids: Sequence[np.ndarray], batch_size: int) -> tuple[jax.Array, jax.Array]:

@@ -13,7 +13,7 @@ from palign.config.load import to_plain
 from palign.config.schema import ModelConfig
 from palign.data import world
 from palign.data.loader import Dataset
-from palign.data.tokenize import TokenTree
+from palign.data.tokenize import TokenTree, encode_prompt
 from palign.eval.score import as_dataset, sequence_kl
 from palign.generate.texts import Generation, generate
 from palign.sharding.mesh import make_mesh
@@ -117,10 +117,9 @@ def kl_of_samples(loaded: Loaded, reference: Loaded, prompts: Sequence[str], dra
 
 def trees(loaded: Loaded, prompts: Sequence[str], drawn: Drawn) -> list[TokenTree]:
     """Samples as token trees: the ids as they were drawn, never decoded and tokenised again."""
-    start = [] if loaded.tokenizer.bos_id is None else [loaded.tokenizer.bos_id]
     made = []
     for index, (prompt, row) in enumerate(zip(prompts, drawn, strict=True)):
-        ids = np.asarray(start + list(loaded.tokenizer.encode(prompt)), np.int32)
+        ids = encode_prompt(prompt, loaded.tokenizer)
         made.append(TokenTree(ids, tuple(sample.ids for sample in row), (0.0,) * len(row), index))
     return made
 

@@ -30,7 +30,7 @@ from palign.objectives.base import lengths_by_slot, sum_by_slot
 from palign.sharding.mesh import make_mesh
 from palign.train.metrics import Reporter, say
 from palign.train.paths import absolute
-from palign.train.prepare import has_preference
+from palign.train.prepare import has_preference, tokenization_of
 from palign.train.sources import Loaded, load_run
 
 KEY = "annotations"
@@ -191,7 +191,10 @@ def _load_reference(name: str, policy: Loaded, mesh: Mesh) -> Loaded:
 
 
 def _tokenise(path, records, counts, policy: Loaded) -> Read:
-    all_trees, dropped = tokenize_records(records, policy.tokenizer, max_length=policy.config.data.max_length)
+    data = policy.config.data
+    all_trees, dropped = tokenize_records(
+        records, policy.tokenizer, max_length=data.max_length, **tokenization_of(data)
+    )
     # Tokenised with all its responses, as in training: where the prompt ends depends on them.
     trees = [subset_tree(tree, 2, seed=0) for tree in all_trees if has_preference(tree)]
     if not trees:
@@ -203,7 +206,7 @@ def _tokenise(path, records, counts, policy: Loaded) -> Read:
         trees,
         counts["records"] + counts["identical"],
         len(all_trees) - len(trees) + counts["identical"],
-        {reason: count for reason, count in dropped.items() if count and reason.startswith("dropped_")},
+        {reason: count for reason, count in dropped.items() if count and reason.startswith(("dropped_", "skipped/"))},
         sorted(line + 1 for line in lost),
     )
 

@@ -30,7 +30,7 @@ from palign.types import Array, Batch
 
 PART = 1024  # examples: at most so many are taken again where a pass was killed
 
-Values = list[tuple[np.ndarray, ...]]  # of each example, one array `[tokens, ...]` for each of its responses
+Values = list[tuple[np.ndarray, ...]]  # of each example, one array `[targets, ...]` for each of its responses
 
 
 def cache_reference(
@@ -97,7 +97,7 @@ def _cached(
             _put_together(parts, file)
         wait_for_all(file.name)
     flat = _restored(_load(file))
-    ends = np.cumsum([response.size for tree in dataset.trees for response in tree.responses])[:-1]
+    ends = np.cumsum([targets for tree in dataset.trees for targets in tree.num_targets])[:-1]
     pieces: Iterator[np.ndarray] = iter(np.split(flat, ends))
     return [tuple(next(pieces) for _ in tree.responses) for tree in dataset.trees]
 

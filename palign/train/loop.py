@@ -11,6 +11,7 @@ from etils import epath
 
 from palign.config.load import to_plain
 from palign.config.schema import RunConfig
+from palign.data.chat import stop_ids
 from palign.data.loader import batches, fingerprint
 from palign.models.protocol import Params
 from palign.objectives.lora import BASE
@@ -151,7 +152,7 @@ def _steps(made: Run, current: Callable[[], Params], start: int) -> Generator[tu
     settings, dataset, micro_batches = made.config.rollout, made.data.train, made.config.data.micro_batches
     rows = local_rows(made.mesh, dataset.plan.rows_per_step // micro_batches)
     if settings.every:
-        draw = make_draw(made.lm, made.mesh, dataset, settings, eos_id=made.data.tokenizer.eos_id)
+        draw = make_draw(made.lm, made.mesh, dataset, settings, eos_ids=stop_ids(made.data.tokenizer))
         seed, every = made.config.train.seed, settings.every
         yield from on_policy_batches(
             dataset, draw, current, every=every, start=start, micro_batches=micro_batches, seed=seed, rows=rows

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -17,9 +17,9 @@ from palign.data.mixture import Mixture
 from palign.data.pack import RowShape, row_shape
 from palign.data.plan import Order, fill_ratio, fit_trees, plan_epochs, plan_evaluation, plan_padded, row_needs
 from palign.data.readers import read_records
-from palign.data.records import Record, Text, best_response
+from palign.data.records import Message, Record, Text, best_response
 from palign.data.tokenize import TokenTree, add_mismatched, tokenize_records
-from palign.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
+from palign.data.tokenizers import Tokenizer, load_tokenizer, read_chat_template, train_sentencepiece
 from palign.objectives.registry import find_method
 from palign.sharding.processes import is_main, wait_for_all
 from palign.train.metrics import say
@@ -70,11 +70,11 @@ def prepare(config: RunConfig, workdir: epath.Path, inherited: epath.Path | None
     _check_responses(config, counts)
     source_of = {record.id: record.source for record in sets["train"]}
     if config.rollout.every:
-        sets["train"] = [record._replace(responses=("",), scores=(0.0,)) for record in sets["train"]]
+        sets["train"] = [_without_response(record) for record in sets["train"]]
     tokenizer = _prepare_tokenizer(config, workdir, inherited, sets["train"])
     room = config.rollout.max_new_tokens if config.rollout.every else 1
     lengths = {name: data.max_length - (room - 1 if name == "train" else 0) for name in sets}
-    trees = {name: _tokenise(name, records, tokenizer, lengths[name]) for name, records in sets.items()}
+    trees = {name: _tokenise(name, records, tokenizer, lengths[name], data) for name, records in sets.items()}
     if config.rollout.every:
         trees["train"] = [reserve_room(tree, room) for tree in trees["train"]]
     if any(find_method(name).mismatched for name in config.objective.loss_type):
@@ -174,25 +174,48 @@ def _share(prompt: Text, seed: int) -> float:
 
 def _prepare_tokenizer(config, workdir, inherited, records: Sequence[Record]) -> Tokenizer:
     """The run's tokenizer, kept in its workdir by process 0 and read there by the others."""
-    if is_main():
-        _find_tokenizer(config, workdir, inherited, records).save(workdir)
+    if is_main() and not (workdir / CONFIG).is_file():  # else the run was begun and has one
+        tokenizer = _find_tokenizer(config, inherited, records)
+        if config.tokenizer.chat_template:
+            tokenizer.chat_template = read_chat_template(config.tokenizer.chat_template)
+        tokenizer.save(workdir)
     wait_for_all("tokenizer")
     return load_tokenizer(workdir)
 
 
-def _find_tokenizer(config, workdir, inherited, records: Sequence[Record]) -> Tokenizer:
-    for place in (workdir, config.tokenizer.path, inherited):
-        if place and (place != workdir or (workdir / CONFIG).is_file()):  # a run that was refused left no config
-            return load_tokenizer(place)
-    texts = [str(record.prompt) + str(response) for record in records for response in record.responses]
+def _find_tokenizer(config, inherited, records: Sequence[Record]) -> Tokenizer:
+    if place := config.tokenizer.path or inherited:
+        return load_tokenizer(place)
+    texts = [text for record in records for response in record.responses for text in _texts(record.prompt, response)]
     c = config.tokenizer
     tokenizer = train_sentencepiece(texts, vocab_size=c.vocab_size, model_type=c.model_type)
     say(f"tokenizer: trained a {c.model_type} model of {tokenizer.vocab_size} pieces on {len(texts)} texts")
     return tokenizer
 
 
-def _tokenise(name: str, records: Sequence[Record], tokenizer: Tokenizer, max_length: int) -> list[TokenTree]:
-    trees, counts = tokenize_records(records, tokenizer, max_length=max_length)
+def _texts(prompt: Text, response: Text) -> list[str]:
+    """What a tokenizer is trained on: the two as one text, or what the messages say."""
+    if isinstance(prompt, str) and isinstance(response, str):
+        return [prompt + response]
+    return [turn if isinstance(turn, str) else turn.content for turn in (*prompt, *response)]
+
+
+def _without_response(record: Record) -> Record:
+    """The record with one empty response, whose place a sample takes."""
+    response: Text = "" if isinstance(record.prompt, str) else (Message("assistant", ""),)
+    return record._replace(responses=(response,), scores=(0.0,))
+
+
+def tokenization_of(data: DataConfig) -> dict[str, Any]:
+    """How `tokenize_records` is to treat a run's records, but for `max_length`."""
+    names = ("max_prompt_length", "truncation", "control_text", "bad_records")
+    return {name: getattr(data, name) for name in names}
+
+
+def _tokenise(
+    name: str, records: Sequence[Record], tokenizer: Tokenizer, max_length: int, data: DataConfig
+) -> list[TokenTree]:
+    trees, counts = tokenize_records(records, tokenizer, max_length=max_length, **tokenization_of(data))
     counts["without_a_preference"] = sum(len(tree.scores) > 1 and not has_preference(tree) for tree in trees)
     say(f"{name}: {_counted(counts)}")
     if not trees:
@@ -204,7 +227,7 @@ def _tokenise(name: str, records: Sequence[Record], tokenizer: Tokenizer, max_le
 
 def reserve_room(tree: TokenTree, tokens: int) -> TokenTree:
     """The tree with one response of so many tokens, to be planned now and replaced by a sample of at most as many."""
-    return tree._replace(responses=(np.zeros(tokens, np.int32),), scores=(0.0,))
+    return tree._replace(responses=(np.zeros(tokens, np.int32),), scores=(0.0,), learned=None)
 
 
 def _mismatch(name: str, trees: list[TokenTree], data: DataConfig) -> list[TokenTree]:

@@ -77,7 +77,9 @@ def part_of_step(dataset: Dataset, step: int) -> Dataset:
     return dataclasses.replace(dataset, trees=trees, plan=Plan(members, offsets - offsets[0], epochs, rows, 1))
 
 
-def make_draw(lm: LanguageModel, mesh: Mesh, dataset: Dataset, settings: RolloutConfig, *, eos_id: int) -> Draw:
+def make_draw(
+    lm: LanguageModel, mesh: Mesh, dataset: Dataset, settings: RolloutConfig, *, eos_ids: tuple[int, ...]
+) -> Draw:
     """Makes the function that draws the responses of `settings.every` steps at once, compiled for one shape.
 
     Args:
@@ -85,13 +87,13 @@ def make_draw(lm: LanguageModel, mesh: Mesh, dataset: Dataset, settings: Rollout
         mesh: the devices; each draws its share of the responses.
         dataset: whose steps bound how many prompts come at a time, and how long they are.
         settings: how to sample.
-        eos_id: the token that ends a response.
+        eos_ids: the tokens that end a response.
     """
     sampler = make_sampler(
         lm,
         samples=1,
         max_new_tokens=settings.max_new_tokens,
-        eos_id=eos_id,
+        eos_ids=eos_ids,
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,

@@ -153,7 +153,7 @@ def test_a_slip_in_training_is_one_line_that_names_it_and_exit_code_2(slip, plac
         (train, ["--workdir=x"], "the following arguments are required: --config"),
         (evaluate, ["--workdir=x", "--process=1"], "--coordinator=HOST:PORT, --processes=N and --process=I belong"),
         (generate, ["--workdir=nowhere", "--prompt=p"], "nowhere: not the workdir of a run (no config.json)"),
-        (generate, ["--workdir=nowhere"], "no prompt: give --prompt=TEXT or --prompts=FILE"),
+        (generate, ["--workdir=nowhere"], "no prompt: give --prompt=TEXT, --message=TEXT or --prompts=FILE"),
         (generate, ["--workdir=nowhere", "--prompts=gone.jsonl"], "gone.jsonl: there is no such file"),
         (generate, ["--workdir=x", "--prompt=p", "--samples=two"], "argument --samples: invalid int value: 'two'"),
         (generate, ["--prompt=p"], "the following arguments are required: --workdir"),

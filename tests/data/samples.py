@@ -36,6 +36,14 @@ def write_rows(path, *rows):
     return path
 
 
+def with_bos(model, bos):
+    """The same with a post-processor that puts BOS before a text, as the files of Llama and Gemma have one."""
+    tokenizer = hf.Tokenizer.from_str(model)
+    id = tokenizer.token_to_id(bos)
+    tokenizer.post_processor = hf.processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, id)])
+    return tokenizer.to_str()
+
+
 def tree(prompt, *responses, scores=None, id=0):
     arrays = [np.array(list(ids), np.int32) for ids in (prompt, *responses)]
     return TokenTree(arrays[0], tuple(arrays[1:]), tuple(map(float, scores or range(len(responses), 0, -1))), id)

@@ -130,7 +130,9 @@ def test_sequence_sums_by_slot_are_the_responses_own():
 def test_cached_values_go_in_and_come_back():
     rng = np.random.default_rng(3)
     trees = [random_tree(rng, id) for id in range(5)]
-    cached = [tuple(rng.normal(size=ids.size).astype(np.float32) for ids in t.responses) for t in trees]
+    masks = tuple(np.arange(ids.size) % 3 != 1 for ids in trees[2].responses)
+    trees[2] = trees[2]._replace(learned=masks)
+    cached = [tuple(rng.normal(size=n).astype(np.float32) for n in t.num_targets) for t in trees]
     for layout in LAYOUTS:
         row = pack_row(trees, row_shape(1024, responses=8), "best_worst", layout, seed=0)
         joined = join_targets(row, cached, like=cached[0][0])

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from palign.data.records import make_record
-from palign.data.tokenize import tokenize_record, tokenize_records
+from palign.data.tokenize import add_mismatched, tokenize_record, tokenize_records
 from palign.data.tokenizers import ByteTokenizer, JsonTokenizer, train_sentencepiece
-from tests.data.samples import TEXTS, json_model
+from tests.data.samples import TEXTS, json_model, random_tree
 
 
 class Words:
@@ -16,6 +16,7 @@ class Words:
 
     def __init__(self, bos_id=0, eos_id=1, pad_id=1):
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
+        self.eos_ids = frozenset({eos_id})
         self.ids = {"<bos>": 0, "<eos>": 1}
 
     def encode(self, text):
@@ -25,7 +26,7 @@ class Words:
 class Merging:
     """Characters, except that every occurrence of a merged string is one id: worst cases at the seam."""
 
-    vocab_size, bos_id, eos_id, pad_id = 1000, 997, 998, 998
+    vocab_size, bos_id, eos_id, pad_id, eos_ids = 1000, 997, 998, 998, frozenset({998})
 
     def __init__(self, *merges):
         self.merges = merges
@@ -116,8 +117,71 @@ def test_truncation_cuts_the_end_counts_it_and_writes_no_eos():
     assert [ids.tolist() for ids in trees[0].responses] == [[4, 5], [7, 1], [8, 9]]
     assert counts == {
         "records": 1, "responses": 3, "truncated": 2,
+        "prompts_cut": 0, "control_text": 0, "dropped_too_long": 0,
         "dropped_prompt_too_long": 0, "dropped_no_prompt": 0, "dropped_identical": 0,
     }  # fmt: skip
+
+
+LONG = [record("a b c d e ", "f g h i", "j", id=0), record("a ", "b", "c", id=1)]
+
+
+def test_a_prompt_over_its_own_limit_is_dropped_or_loses_its_beginning():
+    trees, counts = tokenize_records(LONG, Words(), max_length=9, max_prompt_length=4)
+    assert [tree.id for tree in trees] == [1] and counts["dropped_prompt_too_long"] == 1
+    trees, counts = tokenize_records(LONG, Words(), max_length=9, max_prompt_length=4, truncation="keep_end")
+    assert trees[0].prompt.tolist() == [0, 4, 5, 6]  # BOS, and what stands right before the answer
+    assert [ids.tolist() for ids in trees[0].responses] == [[7, 8, 9, 10, 1], [11, 1]]
+    assert counts["prompts_cut"] == 1 and counts["truncated"] == 0
+    trees, counts = tokenize_records(LONG, Words(), max_length=6, max_prompt_length=4, truncation="keep_end")
+    assert [ids.tolist() for ids in trees[0].responses] == [[7, 8], [11, 1]]
+    assert counts["prompts_cut"] == 1 and counts["truncated"] == 1
+    trees, counts = tokenize_records(
+        LONG[:1], Words(bos_id=None), max_length=9, max_prompt_length=2, truncation="keep_end"
+    )
+    assert trees[0].prompt.tolist() == [5, 6]
+
+
+def test_a_record_of_which_anything_is_too_long_is_dropped_if_so_told():
+    trees, counts = tokenize_records(LONG, Words(), max_length=8, truncation="drop")
+    assert [tree.id for tree in trees] == [1] and counts["dropped_too_long"] == 1 and counts["truncated"] == 0
+    trees, counts = tokenize_records(LONG, Words(), max_length=6, truncation="drop")
+    assert counts["dropped_prompt_too_long"] == 1
+    assert len(tokenize_records(LONG, Words(), max_length=11, truncation="drop")[0]) == 2
+
+
+def conversation(*turns):
+    return make_record([], [[{"role": role, "content": content} for role, content in turns]], [0.0], 0, "f:1")
+
+
+def test_a_conversation_is_cut_behind_something_learned():
+    tokenizer = JsonTokenizer(json_model("<s>", "</s>"), eos="</s>", bos="<s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else ' ') }}{% endfor %}"
+    )
+    one = conversation(("user", "a"), ("assistant", "bcd"), ("user", "efgh"), ("assistant", "i"))
+    (whole,), _ = tokenize_records([one], tokenizer, max_length=99)
+    P, (mask,) = whole.prompt.size, whole.learned
+    assert tokenizer.decode(whole.responses[0][mask]) == "bcdi" and mask.sum() == 6
+    for length in range(P + 1, P + mask.size + 1):
+        ((tree,), counts) = tokenize_records([one], tokenizer, max_length=length)
+        kept = tree.masks[0]
+        assert kept[-1] and kept.sum() == mask[: length - P].sum() and tree.responses[0].size <= length - P
+        assert counts["truncated"] == (length < P + mask.size)
+
+
+def test_a_mismatched_response_brings_along_what_is_learned_of_it():
+    trees = [
+        random_tree(np.random.default_rng(i), i, K=2)._replace(prompt=np.arange(3, dtype=np.int32)) for i in range(3)
+    ]
+    masks = tuple(np.arange(ids.size) % 2 == 0 for ids in trees[1].responses)
+    trees[1] = trees[1]._replace(learned=masks)
+    added, _ = add_mismatched(trees, max_length=6)
+    assert added[2].learned is None
+    assert [mask.tolist() for mask in added[0].learned] == [
+        *([True] * ids.size for ids in trees[0].responses), masks[0][:3].tolist(),
+    ]  # fmt: skip
+    assert [mask.tolist() for mask in added[1].learned[:2]] == [mask.tolist() for mask in masks]
+    assert added[1].learned[2].all() and added[1].learned[2].size == added[1].responses[2].size
 
 
 def test_what_is_dropped_is_counted():

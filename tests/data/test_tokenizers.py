@@ -11,7 +11,7 @@ from palign.data.tokenizers import (
     load_tokenizer,
     train_sentencepiece,
 )
-from tests.data.samples import TEXTS, json_model
+from tests.data.samples import TEXTS, json_model, with_bos
 
 HARD = [
     "", " ", "  two  spaces ", "\n", "\n\n\n", "a\r\nb\tc\0d", "日本語 é e\u0301 😀 \u200d ﷺ",
@@ -115,7 +115,14 @@ def test_a_foreign_tokenizer_json_finds_its_special_tokens(tmp_path):
     config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": None}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     found = load_tokenizer(tmp_path)
-    assert (found.bos_id, found.eos_id, found.pad_id) == (0, 1, 1)
+    assert (found.bos_id, found.eos_id, found.pad_id) == (None, 1, 1)  # named, but nothing puts it before a text
+    assert found.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True}))
+    assert load_tokenizer(tmp_path).bos_id == 0
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").write_text(with_bos(json_model("<s>", "</s>"), "<s>"))
+    assert load_tokenizer(tmp_path).bos_id == 0
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<none>"}')
     with pytest.raises(ValueError, match="eos token '<none>' is not in"):
         load_tokenizer(tmp_path)

@@ -58,7 +58,7 @@ def loud_padding():
 
 @functools.cache
 def sampler(**settings):
-    return make_sampler(model()[0], **{"samples": SAMPLES, "max_new_tokens": NEW, "eos_id": EOS, **settings})
+    return make_sampler(model()[0], **{"samples": SAMPLES, "max_new_tokens": NEW, "eos_ids": (EOS,), **settings})
 
 
 @functools.cache
@@ -225,4 +225,4 @@ def test_a_temperature_scales_the_log_odds():
 def test_a_setting_out_of_its_range_is_refused_by_name(setting):
     (name,) = setting
     with pytest.raises(ValueError, match=f"^{name} = .*: expected"):
-        make_sampler(model()[0], **{"samples": 1, "max_new_tokens": 1, "eos_id": 0, **setting})
+        make_sampler(model()[0], **{"samples": 1, "max_new_tokens": 1, "eos_ids": (0,), **setting})

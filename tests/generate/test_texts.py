@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from palign.config.schema import ModelConfig
+from palign.data.records import Message
 from palign.data.tokenizers import ByteTokenizer
-from palign.generate.texts import generate
+from palign.generate.texts import as_row, as_text, generate
 from palign.models.transformer import make_language_model
 
 PROMPTS = ["of middling", "é", "the longest one", "short", ""]
@@ -89,6 +90,28 @@ def test_progress_counts_prompts_and_the_tokens_of_real_prompts_only():
     rows = sample(PROMPTS, temperature=0.0, progress=watcher)
     assert [done for done, _ in watcher.seen] == [2, 4, 5]
     assert sum(amount for _, amount in watcher.seen) == sum(row[0].ids.size for row in rows)
+
+
+def test_a_conversation_is_continued_behind_its_template_and_ends_with_its_turn():
+    tokenizer = ByteTokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    )
+    said = (Message("user", "short"),)
+    written, plain = (
+        generate(*model(), each, [prompt], temperature=0.0, **SETTINGS)
+        for each, prompt in ((tokenizer, said), (ByteTokenizer(), "short:"))
+    )
+    assert written[0][0].ids.tolist() == plain[0][0].ids.tolist()
+    tokenizer.eos_ids |= {int(plain[0][0].ids[1])}
+    ended = generate(*model(), tokenizer, [said], temperature=0.0, **SETTINGS)[0][0]
+    assert ended.finished and ended.ids.tolist() == plain[0][0].ids[:2].tolist()
+    assert as_row(said, [ended]) == {
+        "prompt": [{"role": "user", "content": "short"}],
+        "responses": [[{"role": "assistant", "content": ended.text}]],
+        "scores": [ended.logp],
+    }
+    assert as_text(said) == "user: short\nassistant: " and as_row("short", [ended])["responses"] == [ended.text]
 
 
 def test_an_empty_prompt_needs_a_tokenizer_with_bos():

@@ -150,6 +150,50 @@ def test_what_is_identical_truncated_or_dropped_is_counted_on_the_terminal(of_by
     assert max(tree.prompt.size + r.size for tree in prepared.train.trees for r in tree.responses) == 16
 
 
+TURNS = "{% for m in messages %}<s>{{ m.role + ' ' + m.content }}{{ eos_token }}{% endfor %}"
+TEMPLATE = TURNS + "{% if add_generation_prompt %}<s>assistant {% endif %}"
+
+
+def test_conversations_are_written_out_by_the_template_that_the_config_names(tmp_path, capsys):
+    def turn(role, content):
+        return {"role": role, "content": content}
+
+    rows = [pair([turn("user", text)], [turn("assistant", f"{text} .")], [turn("assistant", "no")]) for text in "abcd"]
+    rows.append(pair([turn("user", "</s>")], [turn("assistant", "yes")], [turn("assistant", "no")]))
+    path, template = write(tmp_path / "chats.jsonl", *rows), tmp_path / "template.jinja"
+    settings = dict(tokenizer={"model_type": "bpe", "vocab_size": 300}, data={"eval_fraction": 0.0, "max_length": 50})
+    with pytest.raises(ValueError, match=r"no chat template; name the file of one \(Jinja\) in config.tokenizer"):
+        prepare(config(path, **settings), tmp_path / "none", None)
+    settings["tokenizer"]["chat_template"] = str(template)
+    with pytest.raises(ValueError, match=r"config.tokenizer.chat_template = .* No such file"):
+        prepare(config(path, **settings), tmp_path / "none", None)
+    template.write_text(TEMPLATE)
+    with pytest.raises(ValueError, match=r"chats.jsonl:5: a message has the control token '</s>'"):
+        prepare(config(path, **settings), tmp_path / "run", None)
+    settings["data"]["bad_records"] = "skip"
+    prepared = prepare(config(path, **settings), tmp_path / "run", None)
+    assert "4 records, 8 responses" in (said := capsys.readouterr().err) and "1 skipped/control text" in said
+    tokenizer, tree = prepared.tokenizer, prepared.train.trees[0]
+    assert tokenizer.decode(tree.prompt) == "user aassistant " and tokenizer.decode(tree.responses[0]) == "a ."
+    assert [ids[-1] for ids in tree.responses] == [tokenizer.eos_id] * 2 and tree.prompt[0] == tokenizer.bos_id
+    assert load_tokenizer(tmp_path / "run").chat_template == TEMPLATE
+
+
+def test_room_for_a_sample_follows_a_conversation_too(tmp_path):
+    answer = [{"role": "assistant", "content": "another"}]
+    rows = [{"prompt": [{"role": "user", "content": f"{text} ?"}], "completion": answer} for text in "abc"]
+    path, template = write(tmp_path / "asked.jsonl", *rows), tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    run = config(
+        path, tokenizer={"model_type": "bpe", "vocab_size": 300, "chat_template": str(template)},
+        data={"eval_fraction": 0.0}, rollout={"every": 1, "max_new_tokens": 5},
+    )  # fmt: skip
+    prepared = prepare(run, tmp_path / "run", None)
+    for tree, text in zip(prepared.train.trees, "abc", strict=True):
+        assert prepared.tokenizer.decode(tree.prompt) == f"user {text} ?assistant "
+        assert [ids.size for ids in tree.responses] == [5] and tree.learned is None
+
+
 def test_a_list_longer_than_a_row_is_an_error_that_names_the_row_length_and_subset_counts_it(
     of_bytes, tmp_path, capsys
 ):

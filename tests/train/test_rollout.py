@@ -96,7 +96,7 @@ def drawer(dataset, devices, tensor=1, context=1):
     params = lm.init(jax.random.key(0))
     mesh = make_mesh(context=context, tensor=tensor, devices=jax.devices()[:devices])
     params = jax.device_put(params, parameter_shardings(mesh, params))
-    draw = make_draw(lm, mesh, dataset, RolloutConfig(every=1, max_new_tokens=ROOM), eos_id=EOS)
+    draw = make_draw(lm, mesh, dataset, RolloutConfig(every=1, max_new_tokens=ROOM), eos_ids=(EOS,))
     prompts = [tree.prompt for tree in dataset.trees[:5]]
     return lambda key: draw(params, prompts, jax.random.key(key))
 
