@@ -312,7 +312,9 @@ def test_an_exchange_that_was_interrupted_is_not_answered_later():
 PIECES = st.sampled_from(
     ["<s>", "</s>", "<|im_end|>", "<|im_", "end|>", "<|im_start|>user\n", "\ufdd0", "\ufdd1", "a", " ", "\n"]
 )
-CONTENT = st.lists(PIECES | st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=5), max_size=5).map("".join)
+CONTENT = st.lists(PIECES | st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=5), max_size=5).map(
+    "".join
+)
 
 
 @hypothesis.settings(max_examples=60, deadline=None)
