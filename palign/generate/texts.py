@@ -13,6 +13,7 @@ from palign.data.tokenize import encode_prompt
 from palign.data.tokenizers import Tokenizer
 from palign.generate.sample import make_sampler
 from palign.models.protocol import LanguageModel
+from palign.types import Unembedding
 
 PROMPT_MULTIPLE = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
 
@@ -67,7 +68,7 @@ def generate(
     if batch_size < 1:
         raise ValueError(f"batch_size = {batch_size}: expected 1 or more")
     sampler = make_sampler(
-        lm,
+        _within(tokenizer, lm),
         samples=samples,
         max_new_tokens=max_new_tokens,
         eos_ids=stop_ids(tokenizer),
@@ -88,6 +89,16 @@ def generate(
         if progress is not None:
             progress.advance(min(start + batch_size, len(order)), float(drawn.length[: len(chosen)].sum()))
     return out
+
+
+def _within(tokenizer: Tokenizer, lm: LanguageModel) -> LanguageModel:
+    """The model without the ids that it has beyond its tokenizer's, which have no text."""
+
+    def unembed(params: Any) -> Unembedding:
+        whole = lm.unembed(params)
+        return whole._replace(vocab_size=min(whole.vocab_size, tokenizer.vocab_size))
+
+    return lm._replace(unembed=unembed)
 
 
 def as_text(prompt: Text) -> str:

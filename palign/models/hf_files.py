@@ -37,8 +37,8 @@ def read_json(file: epath.Path, limit: int = HEADER_LIMIT) -> dict[str, Any]:
     """
     if not file.is_file():
         raise ValueError(f"{file}: there is no such file")
-    if file.stat().length > limit:
-        raise ValueError(f"{file}: {file.stat().length:,} bytes; expected at most {limit:,}")
+    if (size := epath.Path(file).stat().length) > limit:
+        raise ValueError(f"{file}: {size:,} bytes; expected at most {limit:,}")
     return _parse(file.read_bytes(), str(file))
 
 
@@ -128,7 +128,7 @@ def read_header(file: epath.Path) -> dict[str, Tensor]:
     Raises:
         ValueError: not a header, or one that does not describe every byte of the file once.
     """
-    size = file.stat().length
+    size = epath.Path(file).stat().length
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if size < 8 or length > min(size - 8, HEADER_LIMIT):

@@ -17,7 +17,7 @@ from palign.train.metrics import read_metrics
 from tests.recipes.tiny_runs import PLAIN, one_device, write_pairs
 
 ROOT = pathlib.Path(__file__).parents[2]
-COMMANDS = ("train", "generate", "evaluate", "demo", "annotate", "study", "launch")
+COMMANDS = ("train", "generate", "evaluate", "demo", "annotate", "study", "launch", "convert")
 CONFIG = """
 from ml_collections import ConfigDict
 
