@@ -127,3 +127,12 @@ def test_an_empty_prompt_needs_a_tokenizer_with_bos():
 def test_a_batch_size_below_one_is_refused_by_name(batch_size):
     with pytest.raises(ValueError, match=f"^batch_size = {batch_size}: expected 1 or more"):
         sample(PROMPTS, batch_size=batch_size)
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_not_sampled():
+    """Models round their vocabulary up; with equal logits most of these draws would be beyond the tokenizer's."""
+    config = ModelConfig(vocab_size=2000, num_layers=1, dim=8, num_heads=1, num_key_heads=1, hidden_dim=8, remat="none")
+    lm = make_language_model(config)
+    params = jax.tree.map(jnp.zeros_like, lm.init(jax.random.key(0)))
+    (drawn,) = generate(lm, params, ByteTokenizer(), ["p"], samples=8, **SETTINGS)
+    assert max(max(sample.ids) for sample in drawn) < ByteTokenizer().vocab_size
