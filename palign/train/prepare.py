@@ -124,7 +124,7 @@ def _read_all(data: DataConfig) -> tuple[dict[str, list[Record]], Counter[str]]:
         part, counts = _read(path, data, first_id=total["rows"])
         records += [record._replace(source=source) for record in part]
         total.update(counts)
-    held_out = {id(r) for r in records if _share(r.prompt, data.seed) < data.eval_fraction}
+    held_out = {id(r) for r in records if _share(r, data.seed) < data.eval_fraction}
     sets = {"train": [r for r in records if id(r) not in held_out]}
     if held_out:
         sets[HELD_OUT] = [r for r in records if id(r) in held_out]
@@ -167,9 +167,10 @@ def _mix(trees: Sequence[TokenTree], data: DataConfig, source_of: Mapping[int, i
     return mixture.order
 
 
-def _share(prompt: Text, seed: int) -> float:
-    """A number in [0, 1) that depends on the prompt and the seed alone."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:8], "big") / 2**64
+def _share(record: Record, seed: int) -> float:
+    """A number in [0, 1) that depends on the prompt, or where there is none on the responses, and on the seed alone."""
+    text = record.prompt or record.responses
+    return int.from_bytes(hashlib.sha256(f"{seed} {text}".encode()).digest()[:8], "big") / 2**64
 
 
 def _prepare_tokenizer(config, workdir, inherited, records: Sequence[Record]) -> Tokenizer:

@@ -53,6 +53,13 @@ def test_the_split_depends_on_prompt_and_seed_alone(pairs, tmp_path):
     assert held(pairs, seed=1) != held(pairs)
 
 
+def test_records_without_a_prompt_are_split_by_what_they_say(tmp_path):
+    path = write(tmp_path / "texts.jsonl", *[{"text": f"text {i % 50}"} for i in range(100)])
+    sets = read_sets(DataConfig(path=str(path), eval_fraction=0.3))
+    train, held = ({record.responses for record in sets[name]} for name in ("train", HELD_OUT))
+    assert not train & held and 5 < len(held) < 25
+
+
 def test_nothing_is_held_out_of_a_fraction_of_0_and_named_sets_are_read_whole(pairs, tmp_path):
     more = write_pairs(tmp_path / "more.jsonl", 7, seed=5)
     sets = read_sets(DataConfig(path=str(pairs), eval_fraction=0.0, eval_paths={"more": str(more)}))
