@@ -1,7 +1,7 @@
 """Ranked lists: K responses to every prompt, given or sampled, with a score each.
 
-The work is kept in parts, each in a file once it is done, so that a run that was killed goes on. The input, the settings
-and the seed decide the result, however often it was stopped.
+The work is kept in parts, each in a file once it is done, so that a run that was killed goes on. The input, the
+settings and the seed decide the result, however often it was stopped.
 """
 
 import hashlib
