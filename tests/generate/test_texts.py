@@ -10,7 +10,7 @@ import pytest
 from palign.config.schema import ModelConfig
 from palign.data.records import Message
 from palign.data.tokenizers import ByteTokenizer
-from palign.generate.texts import as_row, as_text, generate
+from palign.generate.texts import as_row, as_text, check_instructions, generate
 from palign.models.transformer import make_language_model
 
 PROMPTS = ["of middling", "é", "the longest one", "short", ""]
@@ -127,3 +127,9 @@ def test_an_empty_prompt_needs_a_tokenizer_with_bos():
 def test_a_batch_size_below_one_is_refused_by_name(batch_size):
     with pytest.raises(ValueError, match=f"^batch_size = {batch_size}: expected 1 or more"):
         sample(PROMPTS, batch_size=batch_size)
+
+
+def test_judges_of_instructions_get_one_question_and_one_output_each():
+    check_instructions(["short", (Message("user", "short"),)], 1)
+    with pytest.raises(ValueError, match=r"^a prompt has messages of system, user; --format=alpaca_eval has one"):
+        check_instructions(["short", (Message("system", "Be brief."), Message("user", "short"))], 1)

@@ -121,7 +121,7 @@ def test_ten_steps_from_the_same_directory_agree_with_trl(trained):
     for metric in theirs[0]:
         found, expected = ([step[metric] for step in side] for side in (ours, theirs))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4, err_msg=metric)
-    assert abs(theirs[-1]["rewards/margins"]) > 0.1  # it went somewhere
+    assert abs(theirs[-1]["rewards/margins"]) > 0.03  # it went somewhere
 
 
 def scores(place, rows, tmp_path):
