@@ -155,7 +155,7 @@ def test_another_tokenizer_template_or_truncation_is_another_cache(built, tmp_pa
         (words, {"max_length": 64}),
         (ByteTokenizer(), {"max_length": 64, "chat_template": TEMPLATE}),
         (ByteTokenizer(), {"max_length": 40}),
-        (ByteTokenizer(), {"max_length": 40, "max_prompt_length": 20, "truncation": "keep_end"}),
+        (ByteTokenizer(), {"max_length": 40, "max_prompt_length": 12, "truncation": "keep_end"}),
     ]
     keys = [_key_of(t, built, monkeypatch, tmp_path, **SPOKEN | settings) for t, settings in variants]
     assert len(set(keys)) == len(variants)
