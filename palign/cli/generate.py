@@ -3,8 +3,6 @@
 python -m palign.cli.generate --workdir=runs/dpo --prompt="Once upon a time" --samples=3
 """
 
-import json
-import sys
 from collections.abc import Sequence
 
 from palign.cli import app
@@ -24,7 +22,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--top_p", type=float, default=1.0, help="1: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--json", action="store_true", help="one JSON record a line, as the data readers take them")
+    parser.add_argument("--format", choices=("text", "json", "alpaca_eval"), default="text", help="of what is printed")
+    parser.add_argument("--json", dest="format", action="store_const", const="json", help="a line a prompt, as data")
     given = vars(parser.parse_args(arguments))
 
     from palign.data.readers import read_records
@@ -36,20 +35,19 @@ def main(arguments: Sequence[str]) -> None:
     if not prompts:
         raise ValueError("no prompt: give --prompt=TEXT, --message=TEXT or --prompts=FILE")
 
-    from palign.generate.texts import as_row, as_text, generate
+    from palign.generate.texts import WRITERS, check_instructions, generate
     from palign.train.metrics import Reporter
     from palign.train.sources import load_run
 
+    form, workdir = given.pop("format"), given.pop("workdir")
+    if form == "alpaca_eval":
+        check_instructions(prompts, given["samples"])
     app.use_compilation_cache()
-    loaded, as_json = load_run(given.pop("workdir")), given.pop("json")
+    loaded = load_run(workdir)
     with Reporter("generate", len(prompts)) as progress:
         drawn = generate(loaded.lm, loaded.params, loaded.tokenizer, prompts, progress=progress, **given)
-    for prompt, samples in zip(prompts, drawn, strict=True):
-        if as_json:
-            print(json.dumps(as_row(prompt, samples), ensure_ascii=False))
-            continue
-        for sample in samples:
-            print(as_text(prompt) + (f"\033[1m{sample.text}\033[0m" if sys.stdout.isatty() else sample.text))
+    for line in WRITERS[form](zip(prompts, drawn, strict=True), workdir, file):
+        print(line)
 
 
 if __name__ == "__main__":

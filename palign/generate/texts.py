@@ -1,6 +1,8 @@
 """From prompts as text or conversations to samples as text: tokenises, batches, and shows how far it is."""
 
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -115,6 +117,51 @@ def as_row(prompt: Text, samples: Sequence[Generation]) -> dict[str, Any]:
         return {"prompt": prompt, "responses": texts, "scores": scores}
     responses = [[{"role": "assistant", "content": text}] for text in texts]
     return {"prompt": [turn._asdict() for turn in prompt], "responses": responses, "scores": scores}
+
+
+def check_instructions(prompts: Iterable[Text], samples: int) -> None:
+    """Checks that prompts can be written for judges who read one instruction with one output.
+
+    Raises:
+        ValueError: there are several samples, or a prompt is a conversation of more than the user's message.
+    """
+    if samples != 1:
+        raise ValueError(f"--samples={samples}: --format=alpaca_eval has one output for each instruction")
+    for prompt in prompts:
+        if not isinstance(prompt, str) and [turn.role for turn in prompt] != ["user"]:
+            raise ValueError(
+                f"a prompt has messages of {', '.join(turn.role for turn in prompt)}; --format=alpaca_eval has one "
+                "instruction for each output: expected one message of the user"
+            )
+
+
+Answered = Iterable[tuple[Text, Sequence[Generation]]]
+
+
+def _write_text(answered: Answered, generator: str, dataset: str) -> Iterator[str]:
+    bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    return (f"{as_text(prompt)}{bold}{sample.text}{plain}" for prompt, samples in answered for sample in samples)
+
+
+def _write_rows(answered: Answered, generator: str, dataset: str) -> Iterator[str]:
+    return (json.dumps(as_row(*one), ensure_ascii=False) for one in answered)
+
+
+def _write_alpaca_eval(answered: Answered, generator: str, dataset: str) -> Iterator[str]:
+    origin = {"generator": generator, "dataset": dataset}
+    outputs = [
+        {"instruction": prompt if isinstance(prompt, str) else prompt[0].content, "output": sample.text, **origin}
+        for prompt, (sample,) in answered
+    ]
+    yield json.dumps(outputs, indent=1, ensure_ascii=False)
+
+
+# Name -> (prompts with their samples, who drew them, where the prompts are from) -> what is printed.
+WRITERS: dict[str, Callable[[Answered, str, str], Iterator[str]]] = {
+    "text": _write_text,
+    "json": _write_rows,  # a line a prompt, as data that is read again
+    "alpaca_eval": _write_alpaca_eval,  # one list, as AlpacaEval reads a model's outputs; see `check_instructions`
+}
 
 
 def _pad(ids: Sequence[np.ndarray], batch_size: int) -> tuple[jax.Array, jax.Array]:

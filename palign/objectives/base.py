@@ -220,7 +220,7 @@ def run_forward(
         reference_tower = towers.get(REFERENCE) or _frozen_tower(lm, params, aux, REFERENCE, batch)
         logps = target_values(logp_at_targets, (reference_tower,), batch, chunk=chunk)
         reference_logps = jax.lax.stop_gradient(logps)
-    values = _values(lm, params, tower.hidden, batch) if needs.values else None
+    values = values_at_ends(lm, params, tower.hidden, batch) if needs.values else None
     return Forward(tower, towers, tokens, per_target, reference_logps, values, chunk)
 
 
@@ -232,7 +232,7 @@ def _frozen_tower(lm: LanguageModel, params: Params, aux: Mapping[str, Any], rol
     return Tower(jax.lax.stop_gradient(lm.hidden(frozen, batch)), lm.unembed(frozen))
 
 
-def _values(lm: LanguageModel, params: Params, hidden: Array, batch: Batch) -> Array:
+def values_at_ends(lm: LanguageModel, params: Params, hidden: Array, batch: Batch) -> Array:
     """The value head at the last token of every response: `[R, G, K, W]`, zeros where there is none."""
     assert lm.values is not None  # `build` refuses the method otherwise
     R, G, K = batch.response_end.shape

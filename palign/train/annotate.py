@@ -29,7 +29,7 @@ from palign.models.protocol import LanguageModel
 from palign.objectives.base import lengths_by_slot, sum_by_slot
 from palign.sharding.mesh import make_mesh
 from palign.train.metrics import Reporter, say
-from palign.train.paths import absolute
+from palign.train.paths import absolute, write_lines
 from palign.train.prepare import has_preference, tokenization_of
 from palign.train.sources import Loaded, load_run
 
@@ -108,7 +108,7 @@ def annotate_run(
     ours = measure(policy, dataset, mesh, title="annotate")
     theirs = measure(other, dataset, mesh, title="annotate, the reference") if other else None
     annotations = _annotations(read.trees, ours, theirs)
-    _write(out, _annotated_lines(path, annotations))
+    write_lines(out, _annotated_lines(path, annotations))
     _report(path, out, read, ours if theirs is None else theirs)
     if wanted is not None:
         _filter(path, filtered, wanted, annotations, read)
@@ -270,19 +270,6 @@ def _annotated_lines(path: epath.PathLike, annotations: Mapping[int, Annotation]
         yield raw[:-1].rstrip() + f', "{KEY}": {json.dumps(annotations.get(id))}}}'.encode()
 
 
-def _write(out: epath.PathLike, lines: Iterator[bytes]) -> None:
-    """Writes a file that is whole as soon as it has its name."""
-    file = epath.Path(out)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".jsonl.tmp")
-    try:
-        with temporary.open("wb") as opened:
-            opened.writelines(line + b"\n" for line in lines)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _report(path: epath.PathLike, out: epath.PathLike, read: Read, reference: Sequence[PairNumbers]) -> None:
     reasons = ", ".join(f"{name.removeprefix('dropped_').replace('_', ' ')} {n:,}" for name, n in read.dropped.items())
     say(
@@ -317,7 +304,7 @@ def _filter(path, filtered, wanted: QuantileRange, annotations: Mapping[int, Ann
     if not kept.mask.any():
         raise ValueError(f"--keep_quantile={wanted.name}:{wanted.low:g}:{wanted.high:g}: keeps no record; widen it")
     chosen = {id for id, keep in zip(ids, kept.mask, strict=True) if keep}
-    _write(filtered, (raw for id, raw in _raw_lines(path) if id in chosen))
+    write_lines(filtered, (raw for id, raw in _raw_lines(path) if id in chosen))
     present = int(np.isfinite(numbers).sum())
     say(
         f"{filtered}: {len(chosen):,} kept ({wanted.name} from {kept.lower:.6g} to {kept.upper:.6g}), "

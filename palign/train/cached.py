@@ -1,8 +1,10 @@
 """What a frozen model says of every target, computed once before training and kept.
 
 The reference's log-probabilities are one number a target, a teacher's hidden states D. A cache is keyed by the model's
-weights and settings and by the data, so a stale one is never read. It holds one array per example and response; packing
-puts the values where the targets are. Until the pass is done it is kept in parts, so that one that was killed goes on.
+weights and settings and by the data as the model sees them: all token ids and targets, that is by what tokenizer, chat
+template and truncation make of the texts. So a stale one is never read. It holds one array per example and response;
+packing puts the values where the targets are. Until the pass is done it is kept in parts, so that one that was killed
+goes on.
 """
 
 import dataclasses
@@ -96,9 +98,9 @@ def _cached(
         if is_main():
             _put_together(parts, file)
         wait_for_all(file.name)
-    flat = _restored(_load(file))
-    ends = np.cumsum([targets for tree in dataset.trees for targets in tree.num_targets])[:-1]
-    pieces: Iterator[np.ndarray] = iter(np.split(flat, ends))
+    ends = np.cumsum([targets for tree in dataset.trees for targets in tree.num_targets])
+    flat = _restored(_load_whole(file, int(ends[-1])))
+    pieces: Iterator[np.ndarray] = iter(np.split(flat, ends[:-1]))
     return [tuple(next(pieces) for _ in tree.responses) for tree in dataset.trees]
 
 
@@ -150,6 +152,17 @@ def _save(file: epath.Path, flat: np.ndarray) -> None:
 def _load(file: epath.Path) -> np.ndarray:
     """Maps a local file into memory; one in a bucket is read."""
     return np.load(file, mmap_mode="r") if is_local(file) else np.load(io.BytesIO(file.read_bytes()))
+
+
+def _load_whole(file: epath.Path, targets: int) -> np.ndarray:
+    try:
+        flat = _load(file)
+        damage = "" if len(flat) == targets else f"it holds {len(flat)} of {targets} targets"
+    except (ValueError, EOFError) as error:
+        damage = str(error)
+    if damage:
+        raise ValueError(f"{file}: is damaged ({damage}); remove it, and it is computed again")
+    return flat
 
 
 def _storable(flat: np.ndarray) -> np.ndarray:

@@ -275,6 +275,20 @@ def test_generated_records_are_read_by_the_data_readers_again(trained, place, tm
     assert code == 0 and json.loads(out)["eval_data_loss"] > 0
 
 
+def test_outputs_for_alpaca_eval_are_one_list_of_instructions_with_their_outputs(trained, place, tmp_path, capsys):
+    asked = ["the pie :", "a dog :"]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in asked))
+    settings = ("--max_new_tokens=4", "--batch_size=2", "--temperature=0", f"--prompts={tmp_path}/asked.jsonl")
+    arguments = (f"--workdir={trained}/02-dpo", *settings)
+    code, out, _ = call(capsys, generate, *arguments, "--format=alpaca_eval")
+    plain = [json.loads(line) for line in call(capsys, generate, *arguments, "--json")[1].splitlines()]
+    beside = {"generator": f"{trained}/02-dpo", "dataset": f"{tmp_path}/asked.jsonl"}
+    expected = [{"instruction": row["prompt"], "output": row["responses"][0], **beside} for row in plain]
+    assert code == 0 and json.loads(out) == expected and [row["instruction"] for row in expected] == asked
+    code, _, err = call(capsys, generate, *arguments, "--format=alpaca_eval", "--samples=2")
+    assert code == 2 and "--samples=2: --format=alpaca_eval has one output for each instruction" in err
+
+
 def test_evaluating_gives_the_metrics_that_the_run_ended_with(trained, capsys):
     code, out, _ = call(capsys, evaluate, f"--workdir={trained}/02-dpo", "--json")
     ended = json.loads((trained / "02-dpo" / "finished.json").read_text())["metrics"]

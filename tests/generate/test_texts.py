@@ -10,7 +10,7 @@ import pytest
 from palign.config.schema import ModelConfig
 from palign.data.records import Message
 from palign.data.tokenizers import ByteTokenizer
-from palign.generate.texts import as_row, as_text, generate
+from palign.generate.texts import as_row, as_text, check_instructions, generate
 from palign.models.transformer import make_language_model
 
 PROMPTS = ["of middling", "é", "the longest one", "short", ""]
@@ -136,3 +136,9 @@ def test_ids_that_the_tokenizer_does_not_have_are_not_sampled():
     params = jax.tree.map(jnp.zeros_like, lm.init(jax.random.key(0)))
     (drawn,) = generate(lm, params, ByteTokenizer(), ["p"], samples=8, **SETTINGS)
     assert max(max(sample.ids) for sample in drawn) < ByteTokenizer().vocab_size
+
+
+def test_judges_of_instructions_get_one_question_and_one_output_each():
+    check_instructions(["short", (Message("user", "short"),)], 1)
+    with pytest.raises(ValueError, match=r"^a prompt has messages of system, user; --format=alpaca_eval has one"):
+        check_instructions(["short", (Message("system", "Be brief."), Message("user", "short"))], 1)

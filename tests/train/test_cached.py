@@ -1,12 +1,17 @@
 """The cached reference: equal to a live one, read back where nothing changed, and computed anew where anything did."""
 
 import dataclasses
+import io
 
 import jax
 import numpy as np
 import pytest
 
 from palign.data.loader import fingerprint
+from palign.data.records import make_record
+from palign.data.tokenize import tokenize_records
+from palign.data.tokenizers import ByteTokenizer, train_sentencepiece
+from palign.eval.score import as_dataset
 from palign.models.transformer import make_language_model
 from palign.train import cached
 from palign.train.build import build
@@ -122,6 +127,51 @@ def test_the_cache_is_not_read_where_the_reference_or_the_data_changed(change, b
     with_reference(built, tmp_path / "run", dataset=data, params=params)
     assert passes == ["reference_train", "reference_train"]
     assert len(list((tmp_path / "run").glob("reference_*.npy"))) == 2
+
+
+SAID = [{"role": "user", "content": "say a pie"}]
+ANSWERS = [[{"role": "assistant", "content": text}] for text in ("here is a red one", "no")]
+SPOKEN = {"max_length": 40, "chat_template": "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"}
+TEMPLATE = SPOKEN["chat_template"].replace("[", "<")
+
+
+def _key_of(tokenizer, built, monkeypatch, workdir, *, chat_template, **settings):
+    """The name of the cache of one conversation."""
+    tokenizer.chat_template, names = chat_template, []
+    record = make_record(SAID, ANSWERS, [1, 0], 0, "here:1")
+    trees, _ = tokenize_records([record], tokenizer, **settings)
+    monkeypatch.setattr(cached, "_compute", lambda *rest: names.append(rest[-1].name) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        with_reference(built, workdir, dataset=as_dataset(trees, row_length=128, rows_per_step=1))
+    return names[0]
+
+
+def test_another_tokenizer_template_or_truncation_is_another_cache(built, tmp_path, monkeypatch):
+    words = train_sentencepiece(
+        ["say a pie here is a red one no [user] [assistant] <user] <assistant]"], vocab_size=300
+    )
+    variants = [
+        (ByteTokenizer(), {"max_length": 64}),
+        (words, {"max_length": 64}),
+        (ByteTokenizer(), {"max_length": 64, "chat_template": TEMPLATE}),
+        (ByteTokenizer(), {"max_length": 40}),
+        (ByteTokenizer(), {"max_length": 40, "max_prompt_length": 12, "truncation": "keep_end"}),
+    ]
+    keys = [_key_of(t, built, monkeypatch, tmp_path, **SPOKEN | settings) for t, settings in variants]
+    assert len(set(keys)) == len(variants)
+    assert _key_of(ByteTokenizer(), built, monkeypatch, tmp_path, **SPOKEN | variants[0][1]) == keys[0]
+
+
+def test_a_damaged_cache_is_refused(built, tmp_path):
+    with_reference(built, tmp_path / "run")
+    (file,) = (tmp_path / "run").glob("reference_*.npy")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-8])
+    with pytest.raises(ValueError, match=rf"{file}: is damaged \(.*\); remove it, and it is computed again"):
+        with_reference(built, tmp_path / "run")
+    np.save(file, np.load(io.BytesIO(whole))[:-1])
+    with pytest.raises(ValueError, match=rf"{file}: is damaged \(it holds \d+ of \d+ targets\); remove it"):
+        with_reference(built, tmp_path / "run")
 
 
 def test_a_pass_that_was_killed_goes_on_where_it_was_and_ends_with_the_same_file(built, tmp_path, monkeypatch, capsys):
