@@ -18,6 +18,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from palign.data.loader import Dataset, fingerprint
+from palign.data.stored import tree_sizes
 from palign.eval.per_target import per_target
 from palign.heads.target_values import target_logps
 from palign.heads.targets import Tower, at_targets
@@ -97,9 +98,10 @@ def _cached(
             _put_together(parts, file)
         wait_for_all(file.name)
     flat = _restored(_load(file))
-    ends = np.cumsum([targets for tree in dataset.trees for targets in tree.num_targets])[:-1]
+    sizes = tree_sizes(dataset.trees)
+    ends = np.cumsum([targets for size in sizes for targets in size.targets])[:-1]
     pieces: Iterator[np.ndarray] = iter(np.split(flat, ends))
-    return [tuple(next(pieces) for _ in tree.responses) for tree in dataset.trees]
+    return [tuple(next(pieces) for _ in size.responses) for size in sizes]
 
 
 def _compute(
