@@ -43,10 +43,20 @@ def prepare_once(config: RunConfig, output: epath.PathLike) -> dict[str, Any]:
         _check_same(place, manifest, config)
         say(f"{place}: is prepared already, and its sources have not changed")
         return manifest
-    inherited = find_source(config.init_from, "init_from", place).workdir if config.init_from else None
+    inherited = inherited_tokenizer(config, place)
     with staged(place, "--output") as stage:
         write_tokenised(stage, tokenise(config, stage / TOKENIZER, inherited), config)
     return read_manifest(place)
+
+
+def inherited_tokenizer(config: RunConfig, workdir: epath.Path) -> epath.Path | None:
+    """Where the model that a run starts from has its tokenizer, if the config names none."""
+    if config.tokenizer.path or not config.init_from:
+        return None
+    try:
+        return find_source(config.init_from, "init_from", workdir).workdir
+    except ValueError as error:
+        raise ValueError(f"{error}; or set config.tokenizer.path") from None
 
 
 def _check_same(place: epath.Path, manifest: dict[str, Any], config: RunConfig) -> None:
