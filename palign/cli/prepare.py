@@ -17,19 +17,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="where the data go")
     parser.add_argument("--stage", default="", help="of a recipe; the last one if not named")
     parser.add_argument("--config.KEY", metavar="VALUE", help="override a setting, e.g. --config.data.path=pairs.jsonl")
-    overrides = [a.removeprefix("--config.") for a in arguments if a.startswith("--config.")]
-    given = parser.parse_args([a for a in arguments if not a.startswith("--config.")])
+    given, overrides = app.with_overrides(parser, arguments)
 
-    from palign.config.load import load_recipe
+    from palign.config.load import load_stage
     from palign.report.contents import Cell, Row, Table
     from palign.report.table import print_table
     from palign.train.prepare_once import prepare_once
 
-    stages = load_recipe(given.config, overrides).stages
-    stage = given.stage or list(stages)[-1]
-    if stage not in stages:
-        raise ValueError(f"--stage={stage}: the config has {', '.join(stages)}")
-    manifest = prepare_once(stages[stage], given.output)
+    manifest = prepare_once(load_stage(given.config, overrides, given.stage), given.output)
     rows = []
     for name, known in manifest["sets"].items():
         dropped = sum(n for reason, n in known["counts"].items() if reason.startswith(("dropped_", "skipped/")))

@@ -74,17 +74,28 @@ def prepare(config: RunConfig, workdir: epath.Path, inherited: epath.Path | None
         config, stored = load_tokenised(config)
         tokenizer = _prepare_tokenizer(config, workdir, inherited or place / TOKENIZER, ())
         check_tokenizer(place, stored.tokenizer, tokenizer)
-        return _plan_all(config, stored._replace(tokenizer=tokenizer))
-    return _plan_all(config, tokenise(config, workdir, inherited))
+        return plan_all(config, stored._replace(tokenizer=tokenizer))
+    return plan_all(config, tokenise(config, workdir, inherited))
 
 
 def tokenise(config: RunConfig, workdir: epath.Path, inherited: epath.Path | None) -> Tokenised:
     """Reads, splits and tokenises the data of a run, and prints the counts; arguments and errors as `prepare`."""
+    sets, read = read_all(config.data)
+    return tokenise_sets(config, sets, read, workdir, inherited)
+
+
+def tokenise_sets(
+    config: RunConfig,
+    sets: Mapping[str, Sequence[Record]],
+    read: Mapping[str, int],
+    workdir: epath.Path,
+    inherited: epath.Path | None,
+) -> Tokenised:
+    """Tokenises what `read_all` gave; the other arguments and errors as `prepare`."""
     data = config.data
-    sets, read = _read_all(data)
     _check_responses(config, read)
     if config.rollout.every:
-        sets["train"] = [_without_response(record) for record in sets["train"]]
+        sets = {**sets, "train": [_without_response(record) for record in sets["train"]]}
     tokenizer = _prepare_tokenizer(config, workdir, inherited, sets["train"])
     trees, counts = {}, {}
     for name, records in sets.items():
@@ -99,7 +110,8 @@ def _room(config: RunConfig) -> int:
     return config.rollout.max_new_tokens if config.rollout.every else 1
 
 
-def _plan_all(config: RunConfig, tokenised: Tokenised) -> Prepared:
+def plan_all(config: RunConfig, tokenised: Tokenised) -> Prepared:
+    """Fits and plans tokenised sets, and prints how full the rows are; errors as `prepare`."""
     data, trees = config.data, dict(tokenised.trees)
     if config.rollout.every:
         trees["train"] = [reserve_room(tree, _room(config)) for tree in trees["train"]]
@@ -137,11 +149,11 @@ def read_sets(data: DataConfig) -> dict[str, list[Record]]:
     Raises:
         ValueError: no data, bad data, or a set without records.
     """
-    return _read_all(data)[0]
+    return read_all(data)[0]
 
 
-def _read_all(data: DataConfig) -> tuple[dict[str, list[Record]], Counter[str]]:
-    """The sets, and what was counted in all of their sources."""
+def read_all(data: DataConfig) -> tuple[dict[str, list[Record]], Counter[str]]:
+    """Reads the sets as `read_sets`, and what was counted in all of their sources."""
     if not (data.path or data.mixture):
         raise ValueError("config.data.path: must be set to a file of prompts and responses, or config.data.mixture")
     records: list[Record] = []
