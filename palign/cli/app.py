@@ -47,12 +47,6 @@ def parser(name: str, doc: str) -> argparse.ArgumentParser:
     return _Parser(prog=name, description=doc.splitlines()[0], allow_abbrev=False)
 
 
-def with_overrides(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parses the arguments but for `--config.key=value`, which are returned without their beginning."""
-    given = parser.parse_args([a for a in arguments if not a.startswith("--config.")])
-    return given, [a.removeprefix("--config.") for a in arguments if a.startswith("--config.")]
-
-
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of a command that several processes can run together."""
     group = parser.add_argument_group("several processes, where the environment does not say (docs/processes.md)")

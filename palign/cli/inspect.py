@@ -16,7 +16,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", default="", metavar="PAGE", help="an .html file; without it, the figures only")
     parser.add_argument("--stage", default="", help="of a recipe; the last one if not named")
     parser.add_argument("--config.KEY", metavar="VALUE", help="override a setting, e.g. --config.data.path=pairs.jsonl")
-    given, overrides = app.with_overrides(parser, arguments)
+    overrides = [a.removeprefix("--config.") for a in arguments if a.startswith("--config.")]
+    given = parser.parse_args([a for a in arguments if not a.startswith("--config.")])
 
     from palign.config.load import load_stage
     from palign.recipes.inspect import inspect

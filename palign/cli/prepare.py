@@ -17,7 +17,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="where the data go")
     parser.add_argument("--stage", default="", help="of a recipe; the last one if not named")
     parser.add_argument("--config.KEY", metavar="VALUE", help="override a setting, e.g. --config.data.path=pairs.jsonl")
-    given, overrides = app.with_overrides(parser, arguments)
+    overrides = [a.removeprefix("--config.") for a in arguments if a.startswith("--config.")]
+    given = parser.parse_args([a for a in arguments if not a.startswith("--config.")])
 
     from palign.config.load import load_stage
     from palign.report.contents import Cell, Row, Table

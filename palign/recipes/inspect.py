@@ -36,6 +36,7 @@ from palign.train.prepare_once import inherited_tokenizer
 
 SCHEMA_ROWS = 1000  # rows of each source whose columns are shown
 COMPARED, NEAR = 2000, 0.1  # examples whose edit distance is taken, and what counts as near
+BINS = 30  # of a histogram, at most
 SHOWN, SHOWN_TOKENS = 4, 400  # examples that are shown, and the most tokens of a text
 
 
@@ -212,9 +213,12 @@ def _histograms(sizes: Sequence[TreeSize]) -> dict[str, dict[str, Histogram]]:
 
 
 def _binned(series: Mapping[str, Sequence[float]]) -> dict[str, Histogram]:
-    """Histograms over edges that all series share."""
-    edges = np.histogram_bin_edges(np.concatenate([np.asarray(v, np.float64) for v in series.values()]), 30)
-    return {name: (edges.tolist(), np.histogram(values, edges)[0].tolist()) for name, values in series.items()}
+    """Histograms over edges that all series share; a bin holds as many whole numbers as any other."""
+    values = np.concatenate([np.asarray(value, np.float64) for value in series.values()])
+    edges = np.histogram_bin_edges(values, BINS)
+    if (values == np.rint(values)).all():
+        edges = np.arange(values.min(), values.max() + 1 + (width := -(-(np.ptp(values) + 1) // BINS)), width)
+    return {name: (edges.tolist(), np.histogram(value, edges)[0].tolist()) for name, value in series.items()}
 
 
 def _counts(counts: Mapping[str, int]) -> Table:
