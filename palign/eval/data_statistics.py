@@ -1,7 +1,7 @@
 """What is odd about preference data: repeats, leaks, pairs that hardly differ, longer ones that win."""
 
 import unicodedata
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,30 +12,23 @@ from palign.data.tokenize import TokenTree
 from palign.eval.edit_distance import normalised_edit_distance
 
 
-class Leaks(NamedTuple):
-    """Held-out records whose prompt is trained on: as it stands, and up to case, punctuation and spaces."""
-
-    exact: int
-    normalised: int
-
-
 class NearPairs(NamedTuple):
-    """Of so many examples looked at, those whose best and worst response nearly are one."""
+    """Examples whose best and worst response nearly are one, by their places, and how many were looked at."""
 
-    near: int
+    near: list[int]
     examined: int
 
 
-def repeats(things: Iterable[Hashable]) -> int:
-    """How many equal one before them.
+def repeats(things: Iterable[Hashable]) -> list[int]:
+    """Returns the places of those that equal one before them.
 
     Examples:
         >>> from palign.eval.data_statistics import repeats
         >>> repeats(["a", "b", "a", "a"])
-        2
+        [2, 3]
     """
-    seen = list(things)
-    return len(seen) - len(set(seen))
+    first: dict[Hashable, int] = {}
+    return [i for i, thing in enumerate(things) if first.setdefault(thing, i) != i]
 
 
 def normalised_text(text: Text) -> str:
@@ -51,19 +44,16 @@ def normalised_text(text: Text) -> str:
     return " ".join("".join(c if c.isalnum() else " " for c in folded).split())
 
 
-def leaks(held_out: Sequence[Record], train: Sequence[Record]) -> Leaks:
-    """Counts the held-out records that have the prompt of a training record."""
-    exact = {record.prompt for record in train}
-    normalised = {normalised_text(record.prompt) for record in train}
-    return Leaks(
-        sum(record.prompt in exact for record in held_out),
-        sum(normalised_text(record.prompt) in normalised for record in held_out),
-    )
+def leaks(held_out: Sequence[Record], train: Sequence[Record], key: Callable[[Text], Hashable]) -> list[int]:
+    """Returns the places of the held-out records that have the prompt of a training record.
 
-
-def num_with_ties(sizes: Iterable[TreeSize]) -> int:
-    """How many examples have two responses of one score."""
-    return sum(len(set(size.scores)) < len(size.scores) for size in sizes)
+    Args:
+        held_out: the records that are looked at.
+        train: the records that are trained on.
+        key: two prompts of which it makes the same are one, such as `normalised_text`.
+    """
+    trained = {key(record.prompt) for record in train}
+    return [i for i, record in enumerate(held_out) if key(record.prompt) in trained]
 
 
 def length_differences(sizes: Iterable[TreeSize]) -> np.ndarray:
@@ -79,7 +69,7 @@ def best_and_worst(scores: Sequence[float]) -> tuple[int, int]:
 
 
 def near_pairs(trees: Sequence[TokenTree], *, most: int, below: float, seed: int = 0) -> NearPairs:
-    """Counts examples whose best and worst response are few edits apart.
+    """Finds examples whose best and worst response are few edits apart.
 
     Args:
         trees: the examples.
@@ -90,8 +80,9 @@ def near_pairs(trees: Sequence[TokenTree], *, most: int, below: float, seed: int
     compared = [i for i, tree in enumerate(trees) if max(tree.scores) > min(tree.scores)]
     if len(compared) > most:
         compared = np.random.default_rng(seed).choice(compared, most, replace=False).tolist()
-    near = 0
-    for i in compared:
-        best, worst = (trees[i].responses[k] for k in best_and_worst(trees[i].scores))
-        near += normalised_edit_distance(best, worst) < below
-    return NearPairs(near, len(compared))
+
+    def distance(tree: TokenTree) -> float:
+        best, worst = best_and_worst(tree.scores)
+        return normalised_edit_distance(tree.responses[best], tree.responses[worst])
+
+    return NearPairs([i for i in sorted(compared) if distance(trees[i]) < below], len(compared))

@@ -23,7 +23,7 @@ from palign.eval.data_statistics import (
     leaks,
     length_differences,
     near_pairs,
-    num_with_ties,
+    normalised_text,
     repeats,
 )
 from palign.eval.winrate import mean_interval, wilson_interval
@@ -99,6 +99,8 @@ def make_report(data: Inspected) -> RunReport:
         histograms=_histograms(tree_sizes(train)),
         token_samples=[_sample(train[i], data.tokenised.tokenizer) for i in _drawn(len(train))],
         notes=[
+            "Dropped: too long under data.truncation, or all responses the same tokens; what was skipped or dropped as "
+            "it was read stands under Read.",
             "Lengths are in tokens, after truncation. A response's end token counts.",
             "Best and worst are those of an example's scores; an interval is at 95%.",
             f"Nearly the same: fewer than {NEAR:.0%} of the longer one's tokens are edited; of at most {COMPARED:,} "
@@ -111,39 +113,46 @@ def make_report(data: Inspected) -> RunReport:
 
 
 def _odd(data: Inspected) -> Table:
-    """What usually is a mistake: how many, and of how many."""
-    sets, trees = data.sets, data.tokenised.trees
-    every = [record for part in sets.values() for record in part]
-    train, sizes = sets["train"], tree_sizes(trees["train"])
-    near = near_pairs(trees["train"], most=COMPARED, below=NEAR, seed=data.config.data.seed)
-    lists = sum(len(size.scores) > 1 for size in sizes)
-    equal = sum(len(size.scores) > 1 and len(set(size.scores)) == 1 for size in sizes)
-    dropped = sum(_dropped(counts) for counts in data.tokenised.counts.values())
-    cut = [sum(counts[name] for counts in data.tokenised.counts.values()) for name in ("truncated", "prompts_cut")]
+    """What usually is a mistake: how many, of how many, and where the first is."""
+    train, trees = data.sets["train"], data.tokenised.trees["train"]
+    sizes, where = tree_sizes(trees), {record.id: record.where for record in train}
+    near = near_pairs(trees, most=COMPARED, below=NEAR, seed=data.config.data.seed)
+    lists = [i for i, size in enumerate(sizes) if len(size.scores) > 1]
+    ties = [i for i in lists if len(set(sizes[i].scores)) < len(sizes[i].scores)]
+    equal = [i for i in ties if len(set(sizes[i].scores)) == 1]
+    kept = {tree.id for tree in trees}
+    dropped = [record for record in train if record.id not in kept]
+    counts = data.tokenised.counts["train"]
+
+    def of_trees(label: str, found: Sequence[int], total: int) -> Row:
+        return _found(label, len(found), total, where[trees[found[0]].id] if found else "")
+
+    def of_records(label: str, found: Sequence[int], records: Sequence[Record]) -> Row:
+        return _found(label, len(found), len(records), records[found[0]].where if found else "")
+
     rows = [
-        _share("records that were there before", repeats((r.prompt, r.responses, r.scores) for r in train), len(train)),
-        _share("prompts that were there before", repeats(r.prompt for r in train), len(train)),
-        _share("best and worst nearly the same", near.near, near.examined),
-        _share("two responses of one score", num_with_ties(sizes), lists),
-        _share("all responses of one score", equal, lists),
-        _share("records dropped: length, or identical tokens", dropped, len(every)),
-        _share("responses cut", cut[0], sum(counts["responses"] for counts in data.tokenised.counts.values())),
-        _share("prompts cut", cut[1], sum(map(len, trees.values()))),
+        of_records("records that were there before", repeats((r.prompt, r.responses, r.scores) for r in train), train),
+        of_records("prompts that were there before", repeats(r.prompt for r in train), train),
+        of_trees("best and worst nearly the same", near.near, near.examined),
+        of_trees("two responses of one score", ties, len(lists)),
+        of_trees("all responses of one score", equal, len(lists)),
+        _found("records dropped", len(dropped), len(train), dropped[0].where if dropped else ""),
+        _found("responses cut", counts["truncated"], counts["responses"]),
+        _found("prompts cut", counts["prompts_cut"], len(trees)),
     ]
-    for name in (name for name in sets if name != "train"):
-        found = leaks(sets[name], train)
-        rows.append(_share(f"{name}: prompt is trained on", found.exact, len(sets[name])))
-        rows.append(_share(f"{name}: prompt is, but for case and marks", found.normalised, len(sets[name])))
-    return Table(("found", "of", "share"), rows, label="train, if not said otherwise")
+    for name, records in data.sets.items():
+        if name != "train":
+            exact = leaks(records, train, lambda prompt: prompt)
+            rows.append(of_records(f"{name}: prompt is trained on", exact, records))
+            loose = leaks(records, train, normalised_text)
+            rows.append(of_records(f"{name}: prompt is, but for case and marks", loose, records))
+    return Table(("found", "of", "share", "first at"), rows, label="train, if not said otherwise")
 
 
-def _share(label: str, count: int, total: int) -> Row:
+def _found(label: str, count: int, total: int, where: str = "") -> Row:
     share = Cell(count / total if total else None, digits=1, percent=True)
-    return Row(label, (Cell(float(count), digits=0), Cell(float(total), digits=0), share))
-
-
-def _dropped(counts: Mapping[str, int]) -> int:
-    return sum(count for name, count in counts.items() if name.startswith(("dropped_", "skipped/")))
+    place = Cell(epath.Path(where).name if where else None)
+    return Row(label, (Cell(float(count), digits=0), Cell(float(total), digits=0), share, place))
 
 
 def _sets(data: Inspected) -> Table:
@@ -216,7 +225,7 @@ def _binned(series: Mapping[str, Sequence[float]]) -> dict[str, Histogram]:
     """Histograms over edges that all series share; a bin holds as many whole numbers as any other."""
     values = np.concatenate([np.asarray(value, np.float64) for value in series.values()])
     edges = np.histogram_bin_edges(values, BINS)
-    if (values == np.rint(values)).all():
+    if np.ptp(values) > 1 and (values == np.rint(values)).all():
         edges = np.arange(values.min(), values.max() + 1 + (width := -(-(np.ptp(values) + 1) // BINS)), width)
     return {name: (edges.tolist(), np.histogram(value, edges)[0].tolist()) for name, value in series.items()}
 

@@ -62,18 +62,18 @@ def figures(table):
 
 
 def test_what_is_odd_is_counted(report):
-    found = {label: tuple(cells[:2]) for label, cells in figures(report.tables["Look at"]).items()}
+    found = {label: (*cells[:2], cells[3]) for label, cells in figures(report.tables["Look at"]).items()}
     assert found == {
-        "records that were there before": (1, 8),
-        "prompts that were there before": (2, 8),
-        "best and worst nearly the same": (1, 6),
-        "two responses of one score": (2, 7),
-        "all responses of one score": (1, 7),
-        "records dropped: length, or identical tokens": (1, 11),
-        "responses cut": (1, 21),
-        "prompts cut": (0, 10),
-        "test: prompt is trained on": (1, 3),
-        "test: prompt is, but for case and marks": (2, 3),
+        "records that were there before": (1, 8, "train.jsonl:2"),
+        "prompts that were there before": (2, 8, "train.jsonl:2"),
+        "best and worst nearly the same": (1, 6, "train.jsonl:4"),
+        "two responses of one score": (2, 7, "train.jsonl:5"),
+        "all responses of one score": (1, 7, "train.jsonl:6"),
+        "records dropped": (1, 8, "train.jsonl:8"),
+        "responses cut": (1, 15, None),
+        "prompts cut": (0, 7, None),
+        "test: prompt is trained on": (1, 3, "eval.jsonl:1"),
+        "test: prompt is, but for case and marks": (2, 3, "eval.jsonl:1"),
     }
 
 
