@@ -40,12 +40,21 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ValueError: one line with the key, what was expected, and the nearest match.
     """
-    return resolve_recipe(load_plain(path, overrides), name=pathlib.Path(path.partition(":")[0]).stem)
+    return resolve_recipe(load_plain(path, overrides), name=pathlib.Path(path.partition(":")[0]).stem or "train")
+
+
+def load_stage(path: str, overrides: Sequence[str], stage: str) -> RunConfig:
+    """Reads one stage of what `load_recipe` reads; the last one if none is named."""
+    stages = load_recipe(path, overrides).stages
+    stage = stage or list(stages)[-1]
+    if stage not in stages:
+        raise ValueError(f"--stage={stage}: the config has {', '.join(stages)}")
+    return stages[stage]
 
 
 def load_plain(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Reads a config file and applies `a.b=c` overrides; arguments and errors are those of `load_recipe`."""
-    config = _run_file(path).to_dict()
+    """Reads a config file and applies `a.b=c` overrides, as `load_recipe`; without a path these are all there is."""
+    config = _run_file(path).to_dict() if path else {}
     for override in overrides:
         _apply(config, override)
     return config

@@ -10,6 +10,7 @@ import numpy as np
 from palign.data.pack import RowShape, join_targets, pack_row, stack_rows
 from palign.data.pieces import in_pieces
 from palign.data.plan import Plan, plan_evaluation, row_needs
+from palign.data.stored import trees_digest
 from palign.data.tokenize import TokenTree
 from palign.types import Batch
 
@@ -153,12 +154,5 @@ def fingerprint(dataset: Dataset) -> str:
     digest.update(repr(settings).encode())
     for array in (dataset.plan.members, dataset.plan.offsets, dataset.plan.epoch_of_row):
         digest.update(array.tobytes())
-    for tree in dataset.trees:
-        parts = (tree.prompt, *tree.responses)
-        digest.update(np.asarray([tree.id, *(part.size for part in parts)], "<i8").tobytes())
-        digest.update(np.asarray(tree.scores, "<f8").tobytes())
-        for part in parts:
-            digest.update(part.astype("<i4", copy=False).tobytes())
-        for mask in tree.learned or ():
-            digest.update(mask.tobytes())
+    digest.update(trees_digest(dataset.trees).encode())
     return digest.hexdigest()

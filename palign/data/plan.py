@@ -14,11 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from palign.data.pack import PAIR_POLICIES, RowShape, named, subset_tree, tree_tokens
+from palign.data.stored import TreeSize, tree_size, tree_sizes
 from palign.data.tokenize import TokenTree
 
 WINDOW = 1024
 
-Fitted = tuple[list[TokenTree], dict[str, int]]
+Fitted = tuple[Sequence[TokenTree], dict[str, int]]
 # (epoch, source of chance) -> the epoch's examples, in the order in which they are packed
 Order = Callable[[int, np.random.Generator], np.ndarray]
 
@@ -75,8 +76,8 @@ def row_needs(trees: Sequence[TokenTree], *, layout: str, pair_policy: str) -> R
     """
     policy, rng = named(PAIR_POLICIES, pair_policy, "pair policy"), np.random.default_rng(0)
     needs = np.empty((3, len(trees)), np.int64)
-    for i, tree in enumerate(trees):
-        needs[:, i] = _tokens(tree, layout), sum(tree.num_targets), len(policy(tree.scores, rng))
+    for i, size in enumerate(tree_sizes(trees)):
+        needs[:, i] = _tokens(size, layout), sum(size.targets), len(policy(size.scores, rng))
     return RowNeeds(*needs)
 
 
@@ -199,7 +200,7 @@ def reject_oversize(trees: Sequence[TokenTree], shape: RowShape, layout: str, se
         ValueError: otherwise, with the row length and the number of responses that would be needed.
     """
     _require_fit(trees, shape, layout, "use the oversize policy 'subset'")
-    return list(trees), {}
+    return trees, {}
 
 
 def subset_oversize(trees: Sequence[TokenTree], shape: RowShape, layout: str, seed: int) -> Fitted:
@@ -217,9 +218,11 @@ def subset_oversize(trees: Sequence[TokenTree], shape: RowShape, layout: str, se
     Raises:
         ValueError: if the best and the worst alone (or a single response) do not fit.
     """
-    fitted = [_largest_subset(tree, shape, layout, seed) for tree in trees]
-    smaller = [(a, b) for a, b in zip(trees, fitted, strict=True) if a is not b]
-    removed = sum(len(a.responses) - len(b.responses) for a, b in smaller)
+    sizes = tree_sizes(trees)
+    misfits = [i for i, size in enumerate(sizes) if len(size.scores) > 2 and not _fits(size, shape, layout)]
+    smaller = {i: _largest_subset(trees[i], shape, layout, seed) for i in misfits}
+    removed = sum(len(sizes[i].responses) - len(tree.responses) for i, tree in smaller.items())
+    fitted = [smaller.get(i, tree) for i, tree in enumerate(trees)] if smaller else trees
     _require_fit(fitted, shape, layout, "remove those records: even best and worst alone are too long")
     return fitted, {"oversize_trees": len(smaller), "oversize_responses_removed": removed}
 
@@ -323,33 +326,33 @@ def _check_needs(needs: RowNeeds, shape: RowShape) -> None:
             )
 
 
-def _tokens(tree: TokenTree, layout: str) -> int:
-    return tree_tokens(tree.prompt.size, [response.size for response in tree.responses], layout)
+def _tokens(size: TreeSize, layout: str) -> int:
+    return tree_tokens(size.prompt, size.responses, layout)
 
 
 def _require_fit(trees: Sequence[TokenTree], shape: RowShape, layout: str, advice: str) -> None:
-    misfits = [tree for tree in trees if not _fits(tree, shape, layout)]
+    misfits = {i: size for i, size in enumerate(tree_sizes(trees)) if not _fits(size, shape, layout)}
     if misfits:
-        tokens = -(-max(_tokens(tree, layout) for tree in misfits) // shape.block) * shape.block
-        responses = max(len(tree.responses) for tree in misfits)
+        tokens = -(-max(_tokens(size, layout) for size in misfits.values()) // shape.block) * shape.block
+        responses = max(len(size.responses) for size in misfits.values())
         raise ValueError(
             f"{len(misfits)} of {len(trees)} trees do not fit a row of {shape.tokens} tokens, {shape.targets} targets "
-            f"and {shape.responses} responses (example {misfits[0].id} is the first); the largest needs a row of "
-            f"{tokens} tokens and there are up to {responses} responses: make rows that large, lower max_length, "
+            f"and {shape.responses} responses (example {trees[min(misfits)].id} is the first); the largest needs a row "
+            f"of {tokens} tokens and there are up to {responses} responses: make rows that large, lower max_length, "
             f"or {advice}"
         )
 
 
-def _fits(tree: TokenTree, shape: RowShape, layout: str) -> bool:
-    few = len(tree.responses) <= shape.responses
-    short = sum(tree.num_targets) <= shape.targets
-    return few and short and _tokens(tree, layout) <= shape.tokens
+def _fits(size: TreeSize, shape: RowShape, layout: str) -> bool:
+    few = len(size.responses) <= shape.responses
+    short = sum(size.targets) <= shape.targets
+    return few and short and _tokens(size, layout) <= shape.tokens
 
 
 def _largest_subset(tree: TokenTree, shape: RowShape, layout: str, seed: int) -> TokenTree:
     """Returns the tree with as many responses as fit, two at least where it has two."""
     keep, smaller = len(tree.scores), tree
-    while keep > 2 and not _fits(smaller, shape, layout):
+    while keep > 2 and not _fits(tree_size(smaller), shape, layout):
         keep -= 1
         smaller = subset_tree(tree, keep, seed)
     return smaller

@@ -31,10 +31,12 @@ class Source(NamedTuple):
 
     Attributes:
         rows: all rows, in an order that does not change.
+        files: the files that they are read from; none of a data set that has a name.
         ignored: names of files beside the data that are none.
     """
 
     rows: Iterator[Located]
+    files: tuple[epath.Path, ...] = ()
     ignored: tuple[str, ...] = ()
 
 
@@ -59,7 +61,7 @@ def open_source(path: epath.PathLike) -> Source:
     if found.is_dir():
         return _open_directory(found)
     files = _glob(found) if re.search(r"[*?\[]", str(path)) and not found.exists() else [found]
-    return Source(itertools.chain.from_iterable(map(_read, files)))
+    return Source(itertools.chain.from_iterable(map(_read, files)), tuple(files))
 
 
 def is_json_lines(path: epath.PathLike) -> bool:
@@ -76,7 +78,8 @@ def open_data(path: epath.Path) -> Iterator[BinaryIO]:
 
 def _open_directory(directory: epath.Path) -> Source:
     if (directory / "state.json").is_file():
-        return Source(_some(str(directory), _located(str(directory), tables.read_saved(directory))))
+        rows = _some(str(directory), _located(str(directory), tables.read_saved(directory)))
+        return Source(rows, tuple(sorted(directory.glob("*.arrow"))))
     names = sorted(entry.name for entry in directory.iterdir())
     inside = ", ".join(name for name in names if (directory / name).is_dir())
     if "dataset_dict.json" in names:
@@ -88,7 +91,8 @@ def _open_directory(directory: epath.Path) -> Source:
         near = f"; its directories are {inside}" if inside else ""
         raise ValueError(f"{directory}: no file in it is named {_kinds()}{near}")
     rows = itertools.chain.from_iterable(_read(directory / name) for name in files)
-    return Source(rows, tuple(name for name in names if name not in files))
+    ignored = tuple(name for name in names if name not in files)
+    return Source(rows, tuple(directory / name for name in files), ignored)
 
 
 def _glob(pattern: epath.Path) -> list[epath.Path]:

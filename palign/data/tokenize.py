@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -60,6 +60,7 @@ def tokenize_records(
     truncation: str = "keep_start",
     control_text: str = "refuse",
     bad_records: str = "error",
+    advance: Callable[[int, int], None] | None = None,
 ) -> tuple[list[TokenTree], dict[str, int]]:
     """Tokenises records (see `tokenize_record`), cuts what is too long, and counts what was cut or dropped.
 
@@ -73,6 +74,7 @@ def tokenize_records(
             stays). "drop": a record of which anything is too long is dropped.
         control_text: see `tokenize_record`.
         bad_records: "error", or "skip": conversations that cannot be used are dropped.
+        advance: told (records done, tokens of the record), for a progress bar.
 
     Returns:
         The trees, and the counts: `records` and `responses` kept, `truncated` responses and `prompts_cut` among them,
@@ -88,7 +90,7 @@ def tokenize_records(
     longest_prompt = min(max_prompt_length or max_length, max_length - 1)
     trees: list[TokenTree] = []
     counts = Counter(dict.fromkeys(COUNTS, 0))
-    for record in records:
+    for done, record in enumerate(records, 1):
         try:
             tree = tokenize_record(record, tokenizer, control_text=control_text)
         except RecordError as error:
@@ -96,6 +98,8 @@ def tokenize_records(
                 raise
             counts[f"skipped/{error.reason}"] += 1
             continue
+        if advance is not None:
+            advance(done, tree.prompt.size + sum(response.size for response in tree.responses))
         cut = _cut(tree, max_length, longest_prompt, truncation, tokenizer.bos_id)
         if reason := _reason_to_drop(tree, cut, longest_prompt, truncation):
             counts[f"dropped_{reason}"] += 1
@@ -107,8 +111,7 @@ def tokenize_records(
         counts["responses"] += len(cut.responses)
     counts["records"] = len(trees)
     if not trees:
-        dropped = ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "there were no records"
-        raise ValueError(f"no record is left after tokenisation with max_length {max_length}: {dropped}")
+        raise _nothing_left(counts, max_length)
     return trees, dict(counts)
 
 
@@ -261,6 +264,11 @@ def _cut(tree: TokenTree, max_length: int, longest_prompt: int, truncation: str,
         responses=tuple(response[:end] for response, end in zip(tree.responses, ends, strict=True)),
         learned=tree.learned and tuple(mask[:end] for mask, end in zip(tree.learned, ends, strict=True)),
     )
+
+
+def _nothing_left(counts: Counter[str], max_length: int) -> ValueError:
+    dropped = ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "there were no records"
+    return ValueError(f"no record is left after tokenisation with max_length {max_length}: {dropped}")
 
 
 def _reason_to_drop(tree: TokenTree, cut: TokenTree, longest_prompt: int, truncation: str) -> str:

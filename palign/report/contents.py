@@ -7,6 +7,8 @@ from typing import Any
 
 # A learning curve: steps and values of the same length.
 Curve = tuple[Sequence[float], Sequence[float]]
+# How often values fall between two edges: the edges, and one count fewer.
+Histogram = tuple[Sequence[float], Sequence[float]]
 
 
 def is_number(value: float | None) -> bool:
@@ -179,6 +181,29 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Token:
+    """A piece of a text as a model sees it.
+
+    Attributes:
+        text: The characters that it stands for, or the name of a control token.
+        target: Whether it is learned.
+        special: Whether it is no text: a control token, or a byte of a character.
+    """
+
+    text: str
+    target: bool = False
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class TokenSample:
+    """An example as a model sees it: heading -> tokens, the prompt first."""
+
+    title: str
+    parts: Mapping[str, Sequence[Token]]
+
+
+@dataclass(frozen=True)
 class RunReport:
     """Everything on the page; a part that is empty is left out.
 
@@ -186,6 +211,8 @@ class RunReport:
         title: Heading.
         facts: Short facts under the heading, name to value.
         table: The main table.
+        tables: Heading -> further tables, in order.
+        histograms: Panel title -> series name -> (edges, counts).
         curves: Panel title -> series name -> (steps, values).
         bands: Panel title -> series name -> (lower, upper ends), for those curves that have a band around them.
         frontier: Models in the picture of gold reward against KL.
@@ -194,6 +221,7 @@ class RunReport:
         bars: Panel title -> bars, in order.
         claims: Statements with their verdicts.
         samples: Prompts with answers.
+        token_samples: Examples, token by token.
         notes: Sentences that a reader of the figures should know.
         config: The run's settings, shown as JSON.
     """
@@ -201,6 +229,8 @@ class RunReport:
     title: str
     facts: Mapping[str, Any] = field(default_factory=dict)
     table: Table | None = None
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    histograms: Mapping[str, Mapping[str, Histogram]] = field(default_factory=dict)
     curves: Mapping[str, Mapping[str, Curve]] = field(default_factory=dict)
     bands: Mapping[str, Mapping[str, Curve]] = field(default_factory=dict)
     frontier: Sequence[FrontierPoint] = ()
@@ -209,5 +239,6 @@ class RunReport:
     bars: Mapping[str, Sequence[Bar]] = field(default_factory=dict)
     claims: Sequence[Claim] = ()
     samples: Sequence[Sample] = ()
+    token_samples: Sequence[TokenSample] = ()
     notes: Sequence[str] = ()
     config: Any = None

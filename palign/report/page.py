@@ -64,6 +64,7 @@ def render(report: RunReport) -> str:
     return environment.get_template("report.html").render(
         report=report,
         curves={t: Markup(svg) for t, svg in plots.learning_curves(report.curves, palette, report.bands).items()},
+        histograms={t: Markup(svg) for t, svg in plots.histograms(report.histograms, palette).items()},
         bars={title: Markup(svg) for title, svg in plots.bar_charts(report.bars, palette).items()},
         frontier=Markup(plots.frontier(report.frontier, palette)) if report.frontier else "",
         frontiers={
@@ -104,7 +105,8 @@ def _palette(report: RunReport) -> dict[str, str]:
     models: list[Any] = [*points, *(bar for bar in report.win_rates if not bar.control)]
     answers = [name for sample in report.samples for name in sample.outputs]
     named = [*(model.label for model in models), *answers]
-    series = [name for panel in report.curves.values() for name in panel if name not in set(named)]
+    panels = [*report.histograms.values(), *report.curves.values()]
+    series = [name for panel in panels for name in panel if name not in set(named)]
     if not named:
         return colours(series)
     neutral = dict(zip(dict.fromkeys(series), (INK, MUTED), strict=False))

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 
-from palign.report.contents import Bar, Curve, FrontierPoint, WinRate, is_number
+from palign.report.contents import Bar, Curve, FrontierPoint, Histogram, WinRate, is_number
 from palign.report.svg import INK, MUTED, STYLE, colours, inline_svg, new_figure
 
 _WIDTH = 5.0  # inches
@@ -59,6 +59,37 @@ def learning_curves(
             _legend(axes, list(series), palette, dashes)
             description = f"{title} by step, for {', '.join(series)}"
             drawn[title] = inline_svg(figure, f"curve-{i}", description)
+    return drawn
+
+
+def histograms(
+    panels: Mapping[str, Mapping[str, Histogram]], palette: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Draws one small picture per panel: which share of the values falls between two edges.
+
+    Args:
+        panels: Panel title -> series name -> (edges, counts).
+        palette: Series name -> colour; by order of appearance over all panels if None.
+
+    Returns:
+        Panel title -> SVG, in the same order.
+    """
+    palette = palette or colours(list(itertools.chain.from_iterable(panels.values())))
+    drawn = {}
+    for i, (title, series) in enumerate(panels.items()):
+        rows = _legend_rows(list(series))
+        with matplotlib.rc_context(STYLE):
+            figure, axes = _axes(_WIDTH * 0.84, 2.3 + 0.22 * rows, legend_rows=rows)
+            for name, (edges, counts) in series.items():
+                share = [count / max(sum(counts), 1) for count in counts]
+                axes.stairs(share, list(edges), fill=True, color=palette.get(name, INK), alpha=0.2)
+                axes.stairs(share, list(edges), color=palette.get(name, INK), linewidth=1.4)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.yaxis.set_major_locator(MaxNLocator(4))
+            axes.margins(x=0.02)
+            _legend(axes, list(series), palette, dict.fromkeys(series, "-"))
+            drawn[title] = inline_svg(figure, f"histogram-{i}", f"Histogram of {title}, for {', '.join(series)}")
     return drawn
 
 

@@ -14,6 +14,7 @@ from palign.config.load import to_plain
 from palign.config.schema import ObjectiveConfig, RunConfig
 from palign.data.formats import FORMATS
 from palign.data.loader import Dataset, batches
+from palign.data.stored import tree_sizes
 from palign.data.tokenizers import Tokenizer, load_tokenizer
 from palign.eval import diagnostics
 from palign.eval.displacement import hidden_sums_by_slot
@@ -123,7 +124,7 @@ def _first_difference(before: Any, now: Any, key: str = "config") -> str:
 
 def _check_preferences(config: RunConfig, data: Prepared) -> None:
     comparing = [name for name in config.objective.loss_type if find_method(name).compares]
-    if comparing and not any(has_preference(tree) for tree in data.train.trees):
+    if comparing and not any(has_preference(size) for size in tree_sizes(data.train.trees)):
         raise ValueError(
             f"{data_key(config.data)}: no record has two responses of different scores, so "
             f"{', '.join(comparing)} would learn nothing; give it pairs or lists, or train with loss_type=('sft',)"

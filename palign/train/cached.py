@@ -20,6 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from palign.data.loader import Dataset, fingerprint
+from palign.data.stored import tree_sizes
 from palign.eval.per_target import per_target
 from palign.heads.target_values import target_logps
 from palign.heads.targets import Tower, at_targets
@@ -98,10 +99,11 @@ def _cached(
         if is_main():
             _put_together(parts, file)
         wait_for_all(file.name)
-    ends = np.cumsum([targets for tree in dataset.trees for targets in tree.num_targets])
+    sizes = tree_sizes(dataset.trees)
+    ends = np.cumsum([targets for size in sizes for targets in size.targets])
     flat = _restored(_load_whole(file, int(ends[-1])))
     pieces: Iterator[np.ndarray] = iter(np.split(flat, ends[:-1]))
-    return [tuple(next(pieces) for _ in tree.responses) for tree in dataset.trees]
+    return [tuple(next(pieces) for _ in size.responses) for size in sizes]
 
 
 def _compute(

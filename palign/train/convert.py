@@ -1,10 +1,8 @@
 """Hugging Face models to workdirs that read as runs, and runs to models and adapters that transformers loads."""
 
-import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +17,7 @@ from palign.models.hf_export import Written, export_adapter, export_model
 from palign.models.hf_files import read_json
 from palign.models.transformer import make_language_model
 from palign.sharding.mesh import make_mesh
-from palign.sharding.processes import is_main, wait_for_all
+from palign.sharding.processes import is_main
 from palign.train.checkpoint import save_params
 from palign.train.metrics import say
 from palign.train.prepare import with_vocabulary
@@ -32,6 +30,7 @@ from palign.train.sources import (
     load_source,
     read_config,
 )
+from palign.train.staging import staged
 
 DTYPES = ("float32", "bfloat16")
 
@@ -67,29 +66,9 @@ def convert(name: str, to: epath.PathLike, *, dtype: str = "float32", adapter: b
     if adapter and dtype != "float32":
         raise ValueError(f"--dtype={dtype} has no effect on an adapter, which is float32; leave it out")
     write = _import_model if is_hf(source.workdir) else _export_adapter if adapter else _export_model
-    with _staged(epath.Path(to)) as stage:
+    with staged(epath.Path(to), "--to") as stage:
         written = write(source, config, stage, make_mesh(data=1, fsdp=-1), dtype)
     return Converted(written, time.perf_counter() - start)
-
-
-@contextlib.contextmanager
-def _staged(place: epath.Path) -> Iterator[epath.Path]:
-    """A directory that becomes `place` when all is written."""
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise ValueError(f"--to={place}: is there already; name a directory that is not")
-    stage = place.parent / f".{place.name}.partial"
-    if is_main():
-        stage.rmtree(missing_ok=True)  # of a conversion that was stopped
-        stage.mkdir(parents=True)
-    wait_for_all(f"begins {place}")
-    try:
-        yield stage
-        wait_for_all(f"ends {place}")
-        if is_main():
-            stage.rename(place)
-    finally:
-        if is_main():
-            stage.rmtree(missing_ok=True)
 
 
 def _import_model(source: Source, config: RunConfig, stage: epath.Path, mesh: Mesh, dtype: str) -> Written:

@@ -157,3 +157,8 @@ def say(text: str) -> None:
     """Prints a line to standard error, in process 0."""
     if is_main():
         print(text, file=sys.stderr, flush=True)
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """Counts as a part of such a line."""
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())

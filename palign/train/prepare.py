@@ -18,11 +18,13 @@ from palign.data.pack import RowShape, row_shape
 from palign.data.plan import Order, fill_ratio, fit_trees, plan_epochs, plan_evaluation, plan_padded, row_needs
 from palign.data.readers import read_records
 from palign.data.records import Message, Record, Text, best_response
+from palign.data.stored import TreeSize, tree_sizes
 from palign.data.tokenize import TokenTree, add_mismatched, tokenize_records
 from palign.data.tokenizers import Tokenizer, load_tokenizer, read_chat_template, train_sentencepiece
 from palign.objectives.registry import find_method
 from palign.sharding.processes import is_main, wait_for_all
-from palign.train.metrics import say
+from palign.train.metrics import Reporter, counted, say
+from palign.train.once import TOKENIZER, Tokenised, check_tokenizer, is_prepared, load_tokenised
 from palign.train.sources import CONFIG
 
 HELD_OUT = "heldout"
@@ -57,6 +59,8 @@ RECORDS: dict[str, Callable[[Sequence[Record]], tuple[list[Record], dict[str, in
 def prepare(config: RunConfig, workdir: epath.Path, inherited: epath.Path | None) -> Prepared:
     """Reads, splits, tokenises, fits and plans the data of a run, and prints the counts.
 
+    Data that were prepared once (`train.once`) are not read: what is known of them is checked and printed.
+
     Args:
         config: of the run.
         workdir: where the tokenizer is kept.
@@ -65,21 +69,55 @@ def prepare(config: RunConfig, workdir: epath.Path, inherited: epath.Path | None
     Raises:
         ValueError: no data, bad data, or examples that do not fit a row.
     """
+    place = epath.Path(config.data.path)
+    if is_prepared(place):
+        config, stored = load_tokenised(config)
+        tokenizer = _prepare_tokenizer(config, workdir, inherited or place / TOKENIZER, ())
+        check_tokenizer(place, stored.tokenizer, tokenizer)
+        return plan_all(config, stored._replace(tokenizer=tokenizer))
+    return plan_all(config, tokenise(config, workdir, inherited))
+
+
+def tokenise(config: RunConfig, workdir: epath.Path, inherited: epath.Path | None) -> Tokenised:
+    """Reads, splits and tokenises the data of a run, and prints the counts; arguments and errors as `prepare`."""
+    sets, read = read_all(config.data)
+    return tokenise_sets(config, sets, read, workdir, inherited)
+
+
+def tokenise_sets(
+    config: RunConfig,
+    sets: Mapping[str, Sequence[Record]],
+    read: Mapping[str, int],
+    workdir: epath.Path,
+    inherited: epath.Path | None,
+) -> Tokenised:
+    """Tokenises what `read_all` gave; the other arguments and errors as `prepare`."""
     data = config.data
-    sets, counts = _read_all(data)
-    _check_responses(config, counts)
-    source_of = {record.id: record.source for record in sets["train"]}
+    _check_responses(config, read)
     if config.rollout.every:
-        sets["train"] = [_without_response(record) for record in sets["train"]]
+        sets = {**sets, "train": [_without_response(record) for record in sets["train"]]}
     tokenizer = _prepare_tokenizer(config, workdir, inherited, sets["train"])
-    room = config.rollout.max_new_tokens if config.rollout.every else 1
-    lengths = {name: data.max_length - (room - 1 if name == "train" else 0) for name in sets}
-    trees = {name: _tokenise(name, records, tokenizer, lengths[name], data) for name, records in sets.items()}
+    trees, counts = {}, {}
+    for name, records in sets.items():
+        max_length = data.max_length - (_room(config) - 1 if name == "train" else 0)
+        trees[name], counts[name] = _tokenise(name, records, tokenizer, max_length, data)
+    source_of = {record.id: record.source for record in sets["train"]}
+    return Tokenised(tokenizer, trees, [source_of[tree.id] for tree in trees["train"]], read, counts)
+
+
+def _room(config: RunConfig) -> int:
+    """Tokens that a response may take at least."""
+    return config.rollout.max_new_tokens if config.rollout.every else 1
+
+
+def plan_all(config: RunConfig, tokenised: Tokenised) -> Prepared:
+    """Fits and plans tokenised sets, and prints how full the rows are; errors as `prepare`."""
+    data, trees = config.data, dict(tokenised.trees)
     if config.rollout.every:
-        trees["train"] = [reserve_room(tree, room) for tree in trees["train"]]
+        trees["train"] = [reserve_room(tree, _room(config)) for tree in trees["train"]]
     if any(find_method(name).mismatched for name in config.objective.loss_type):
         trees = {name: _mismatch(name, part, data) for name, part in trees.items()}
-    responses = max(len(tree.responses) for part in trees.values() for tree in part)
+    responses = max(len(size.responses) for part in trees.values() for size in tree_sizes(part))
     shape = row_shape(
         data.row_length,
         trees=1 if data.packing == "one_per_row" else data.trees_per_row,
@@ -87,8 +125,8 @@ def prepare(config: RunConfig, workdir: epath.Path, inherited: epath.Path | None
         pair_policy=data.pair_policy,
         block=data.block,
     )
-    made = {name: _plan(name, part, shape, config, source_of) for name, part in trees.items()}
-    return Prepared(tokenizer, made.pop("train"), made, counts)
+    made = {name: _plan(name, part, shape, config, tokenised.sources) for name, part in trees.items()}
+    return Prepared(tokenised.tokenizer, made.pop("train"), made, tokenised.read)
 
 
 def _check_responses(config: RunConfig, counts: Mapping[str, int]) -> None:
@@ -111,11 +149,11 @@ def read_sets(data: DataConfig) -> dict[str, list[Record]]:
     Raises:
         ValueError: no data, bad data, or a set without records.
     """
-    return _read_all(data)[0]
+    return read_all(data)[0]
 
 
-def _read_all(data: DataConfig) -> tuple[dict[str, list[Record]], Counter[str]]:
-    """The sets, and what was counted in all of their sources."""
+def read_all(data: DataConfig) -> tuple[dict[str, list[Record]], Counter[str]]:
+    """Reads the sets as `read_sets`, and what was counted in all of their sources."""
     if not (data.path or data.mixture):
         raise ValueError("config.data.path: must be set to a file of prompts and responses, or config.data.mixture")
     records: list[Record] = []
@@ -147,8 +185,8 @@ def _read(path: str, data: DataConfig, first_id: int = 0) -> tuple[list[Record],
         first_id=first_id,
     )
     records, changed = RECORDS[data.records](records)
-    say(f"{path}: {_counted(counts | changed)}")
-    return records, counts
+    say(f"{path}: {counted(counts | changed)}")
+    return records, counts | changed
 
 
 def _say_what_leaks(name: str, sets: Mapping[str, Sequence[Record]]) -> None:
@@ -157,9 +195,9 @@ def _say_what_leaks(name: str, sets: Mapping[str, Sequence[Record]]) -> None:
         say(f"{name}: {shared:,} of {len(sets[name]):,} records have a prompt that is trained on")
 
 
-def _mix(trees: Sequence[TokenTree], data: DataConfig, source_of: Mapping[int, int]) -> Order:
+def _mix(data: DataConfig, sources: Sequence[int]) -> Order:
     try:
-        mixture = Mixture([source_of[tree.id] for tree in trees], list(data.mixture.values()), data.seed)
+        mixture = Mixture(sources, list(data.mixture.values()), data.seed)
     except ValueError as error:
         raise ValueError(f"config.data.mixture, of {', '.join(data.mixture)}: {error}") from None
     for path, count, size in zip(data.mixture, mixture.counts, mixture.sizes, strict=True):
@@ -215,15 +253,18 @@ def tokenization_of(data: DataConfig) -> dict[str, Any]:
 
 def _tokenise(
     name: str, records: Sequence[Record], tokenizer: Tokenizer, max_length: int, data: DataConfig
-) -> list[TokenTree]:
-    trees, counts = tokenize_records(records, tokenizer, max_length=max_length, **tokenization_of(data))
+) -> tuple[list[TokenTree], dict[str, int]]:
+    with Reporter(f"tokenising {name}", len(records)) as progress:
+        trees, counts = tokenize_records(
+            records, tokenizer, max_length=max_length, **tokenization_of(data), advance=progress.advance
+        )
     counts["without_a_preference"] = sum(len(tree.scores) > 1 and not has_preference(tree) for tree in trees)
-    say(f"{name}: {_counted(counts)}")
+    say(f"{name}: {counted(counts)}")
     if not trees:
         raise ValueError(
             f"config.data: no record of {name!r} is left that fits {max_length} tokens; raise config.data.max_length"
         )
-    return trees
+    return trees, counts
 
 
 def reserve_room(tree: TokenTree, tokens: int) -> TokenTree:
@@ -231,23 +272,21 @@ def reserve_room(tree: TokenTree, tokens: int) -> TokenTree:
     return tree._replace(responses=(np.zeros(tokens, np.int32),), scores=(0.0,), learned=None)
 
 
-def _mismatch(name: str, trees: list[TokenTree], data: DataConfig) -> list[TokenTree]:
+def _mismatch(name: str, trees: Sequence[TokenTree], data: DataConfig) -> list[TokenTree]:
     try:
-        trees, counts = add_mismatched(trees, max_length=data.max_length)
+        added, counts = add_mismatched(trees, max_length=data.max_length)
     except ValueError as error:
         raise ValueError(f"config.data ({name}): {error}") from None
-    say(f"{name}: one response to another prompt added to each, {_counted(counts)}")
-    return trees
+    say(f"{name}: one response to another prompt added to each, {counted(counts)}")
+    return added
 
 
-def has_preference(tree: TokenTree) -> bool:
+def has_preference(tree: TokenTree | TreeSize) -> bool:
     """Whether an example compares anything: two responses of different scores."""
     return max(tree.scores) > min(tree.scores)
 
 
-def _plan(
-    name: str, trees: list[TokenTree], shape: RowShape, config: RunConfig, source_of: Mapping[int, int]
-) -> Dataset:
+def _plan(name: str, trees: Sequence[TokenTree], shape: RowShape, config: RunConfig, sources: Sequence[int]) -> Dataset:
     data, train = config.data, config.train
     try:
         trees, counts = fit_trees(trees, shape, layout=data.layout, oversize=data.oversize, seed=data.seed)
@@ -255,7 +294,7 @@ def _plan(
         raise ValueError(f"config.data.row_length, config.data.oversize ({name}): {error}") from None
     needs = row_needs(trees, layout=data.layout, pair_policy=data.pair_policy)
     length = {"max_steps": train.max_steps} if train.max_steps else {"epochs": train.epochs}
-    order = _mix(trees, data, source_of) if name == "train" and data.mixture else None
+    order = _mix(data, sources) if name == "train" and data.mixture else None
     if name != "train":
         plan = plan_evaluation(needs, shape, rows_per_step=data.rows_per_step)
     elif data.packing == "one_per_row":
@@ -264,12 +303,8 @@ def _plan(
         plan = plan_epochs(needs, shape, rows_per_step=data.rows_per_step, seed=data.seed, order=order, **length)
     fill = fill_ratio(plan, needs, shape)
     planned = f"{plan.num_steps} steps of {data.rows_per_step} rows, {fill:.0%} full"
-    say(f"{name}: {', '.join(filter(None, [planned, _counted(counts)]))}")
+    say(f"{name}: {', '.join(filter(None, [planned, counted(counts)]))}")
     return Dataset(trees, shape, plan, data.pair_policy, data.layout, data.seed)
-
-
-def _counted(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
 
 
 def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
