@@ -20,6 +20,7 @@ from palign.data.stored import TreeSize, open_trees, tree_sizes, trees_digest, w
 from palign.data.tokenize import TokenTree
 from palign.data.tokenizers import Tokenizer, load_tokenizer
 from palign.train.metrics import counted, say
+from palign.train.paths import is_local
 
 MANIFEST, TOKENIZER, SOURCES = "manifest.json", "tokenizer", "sources.npy"
 FORMAT = "palign token trees 1"
@@ -52,6 +53,16 @@ class Tokenised(NamedTuple):
 def is_prepared(place: epath.Path) -> bool:
     """Whether a path is a directory of prepared data."""
     return (place / MANIFEST).is_file() and '"palign token trees' in (place / MANIFEST).read_text(encoding="utf-8")
+
+
+def check_local(place: epath.Path, key: str) -> None:
+    """Checks that a directory of prepared data is on this machine's disks.
+
+    Raises:
+        ValueError: it is in a bucket.
+    """
+    if not is_local(place):
+        raise ValueError(f"{key}={place}: ArrayRecord files are read from a local disk; keep prepared data on one")
 
 
 def read_manifest(place: epath.Path) -> dict[str, Any]:
@@ -116,6 +127,7 @@ def load_tokenised(config: RunConfig) -> tuple[RunConfig, Tokenised]:
         ValueError: the data were prepared with other settings, or are damaged.
     """
     place = epath.Path(config.data.path)
+    check_local(place, "config.data.path")
     manifest = read_manifest(place)
     check_settings(place, manifest["settings"], fixed_settings(config))
     sets = manifest["sets"]
