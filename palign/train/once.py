@@ -6,6 +6,7 @@ The directory is a TFDS data set (`data.stored`) with the tokenizer and a manife
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from palign.data.sources import NAMED, open_source
 from palign.data.stored import TreeSize, open_trees, tree_sizes, trees_digest, write_trees
 from palign.data.tokenize import TokenTree
 from palign.data.tokenizers import Tokenizer, load_tokenizer
-from palign.train.metrics import counted, say
+from palign.train.metrics import Reporter, counted, say
 from palign.train.paths import is_local
 
 MANIFEST, TOKENIZER, SOURCES = "manifest.json", "tokenizer", "sources.npy"
@@ -88,7 +89,9 @@ def write_tokenised(place: epath.Path, tokenised: Tokenised, config: RunConfig) 
         tokenised: the examples.
         config: with which they were made.
     """
-    write_trees(place, tokenised.trees)
+    with Reporter("writing and reading back", 2 * sum(map(len, tokenised.trees.values()))) as progress:
+        done = itertools.count(1)
+        write_trees(place, tokenised.trees, lambda tokens: progress.advance(next(done), tokens))
     with (place / SOURCES).open("wb") as file:
         np.save(file, np.asarray(tokenised.sources, np.int32))
     sets = {
