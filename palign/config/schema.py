@@ -130,7 +130,7 @@ class TokenizerConfig:
 class DataConfig:
     """Which records, and how they become rows."""
 
-    path: str = ""  # a file, directory, glob, tfds:NAME/SPLIT or hf:NAME/SPLIT (docs/data.md)
+    path: str = ""  # a file, directory, glob, tfds:NAME/SPLIT, hf:NAME/SPLIT or prepared data (docs/data.md)
     mixture: Mapping[str, float] = dataclasses.field(default_factory=dict)  # in place of path: path -> weight
     eval_paths: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name of a held-out set -> its path
     eval_fraction: float = 0.05  # held out of the training data as the set "heldout"; 0 = none

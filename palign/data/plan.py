@@ -7,6 +7,7 @@ then shuffled: taking the largest first would otherwise tie an example's length 
 """
 
 import bisect
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -75,9 +76,10 @@ def row_needs(trees: Sequence[TokenTree], *, layout: str, pair_policy: str) -> R
         The needs, [n] each.
     """
     policy, rng = named(PAIR_POLICIES, pair_policy, "pair policy"), np.random.default_rng(0)
+    num_pairs = functools.lru_cache(lambda scores: len(policy(scores, rng)))  # most pairs have the same two scores
     needs = np.empty((3, len(trees)), np.int64)
     for i, size in enumerate(tree_sizes(trees)):
-        needs[:, i] = _tokens(size, layout), sum(size.targets), len(policy(size.scores, rng))
+        needs[:, i] = _tokens(size, layout), sum(size.targets), num_pairs(size.scores)
     return RowNeeds(*needs)
 
 

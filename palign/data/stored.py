@@ -6,7 +6,7 @@ Plans need sizes only, so a run begins without reading the tokens, however many 
 import hashlib
 import itertools
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -46,7 +46,7 @@ def tree_sizes(trees: Sequence[TokenTree]) -> Sequence[TreeSize]:
     return trees.sizes if isinstance(trees, StoredTrees) else [tree_size(tree) for tree in trees]
 
 
-def trees_digest(trees: Sequence[TokenTree]) -> str:
+def trees_digest(trees: Iterable[TokenTree]) -> str:
     """Returns a SHA-256 in hex of all that trees hold; of stored ones without reading them."""
     if isinstance(trees, StoredTrees) and trees.digest:
         return trees.digest
@@ -96,12 +96,17 @@ class StoredTrees(Sequence[TokenTree]):
             raise ValueError(f"{self._place}: example {number} cannot be read: {_damaged(error)}") from None
 
 
-def write_trees(directory: epath.PathLike, sets: Mapping[str, Sequence[TokenTree]]) -> None:
+def write_trees(
+    directory: epath.PathLike,
+    sets: Mapping[str, Sequence[TokenTree]],
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> None:
     """Writes sets of trees as the splits of one TFDS data set, in their order, and the sizes of each.
 
     Args:
         directory: where to; is there.
         sets: name -> its trees, none of them with mismatched responses.
+        advance: told the tokens of each tree as it is written, and again as it is read back.
 
     Raises:
         ValueError: what was written is not what is read back.
@@ -116,13 +121,19 @@ def write_trees(directory: epath.PathLike, sets: Mapping[str, Sequence[TokenTree
     writer.initialize_splits(list(sets))
     for name, trees in sets.items():
         for first in range(0, len(trees), PART):
-            writer.add_examples({name: [_to_row(tree) for tree in trees[first : first + PART]]})
+            writer.add_examples({name: [_to_row(tree) for tree in _watched(trees[first : first + PART], advance)]})
         with (epath.Path(directory) / _sizes_file(name)).open("wb") as file:
             np.savez(file, allow_pickle=False, **_to_arrays(tree_sizes(trees)))
     writer.close_all()
     for name, trees in sets.items():
-        if trees_digest(open_trees(directory, name, "")) != trees_digest(trees):
+        if trees_digest(_watched(open_trees(directory, name, ""), advance)) != trees_digest(trees):
             raise ValueError(f"{directory}: the set {name!r} is not read back as it was written; is the disk full?")
+
+
+def _watched(trees: Iterable[TokenTree], advance: Callable[[int], None]) -> Iterator[TokenTree]:
+    for tree in trees:
+        advance(tree.prompt.size + sum(response.size for response in tree.responses))
+        yield tree
 
 
 def open_trees(directory: epath.PathLike, name: str, digest: str) -> StoredTrees:

@@ -6,6 +6,7 @@ The directory is a TFDS data set (`data.stored`) with the tokenizer and a manife
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +20,8 @@ from palign.data.sources import NAMED, open_source
 from palign.data.stored import TreeSize, open_trees, tree_sizes, trees_digest, write_trees
 from palign.data.tokenize import TokenTree
 from palign.data.tokenizers import Tokenizer, load_tokenizer
-from palign.train.metrics import counted, say
+from palign.train.metrics import Reporter, counted, say
+from palign.train.paths import is_local
 
 MANIFEST, TOKENIZER, SOURCES = "manifest.json", "tokenizer", "sources.npy"
 FORMAT = "palign token trees 1"
@@ -54,6 +56,16 @@ def is_prepared(place: epath.Path) -> bool:
     return (place / MANIFEST).is_file() and '"palign token trees' in (place / MANIFEST).read_text(encoding="utf-8")
 
 
+def check_local(place: epath.Path, key: str) -> None:
+    """Checks that a directory of prepared data is on this machine's disks.
+
+    Raises:
+        ValueError: it is in a bucket.
+    """
+    if not is_local(place):
+        raise ValueError(f"{key}={place}: ArrayRecord files are read from a local disk; keep prepared data on one")
+
+
 def read_manifest(place: epath.Path) -> dict[str, Any]:
     """Reads what is known of prepared data.
 
@@ -77,7 +89,9 @@ def write_tokenised(place: epath.Path, tokenised: Tokenised, config: RunConfig) 
         tokenised: the examples.
         config: with which they were made.
     """
-    write_trees(place, tokenised.trees)
+    with Reporter("writing and reading back", 2 * sum(map(len, tokenised.trees.values()))) as progress:
+        done = itertools.count(1)
+        write_trees(place, tokenised.trees, lambda tokens: progress.advance(next(done), tokens))
     with (place / SOURCES).open("wb") as file:
         np.save(file, np.asarray(tokenised.sources, np.int32))
     sets = {
@@ -116,6 +130,7 @@ def load_tokenised(config: RunConfig) -> tuple[RunConfig, Tokenised]:
         ValueError: the data were prepared with other settings, or are damaged.
     """
     place = epath.Path(config.data.path)
+    check_local(place, "config.data.path")
     manifest = read_manifest(place)
     check_settings(place, manifest["settings"], fixed_settings(config))
     sets = manifest["sets"]

@@ -274,7 +274,7 @@ def reserve_room(tree: TokenTree, tokens: int) -> TokenTree:
 
 def _mismatch(name: str, trees: Sequence[TokenTree], data: DataConfig) -> list[TokenTree]:
     try:
-        added, counts = add_mismatched(trees, max_length=data.max_length)
+        added, counts = add_mismatched(list(trees), max_length=data.max_length)
     except ValueError as error:
         raise ValueError(f"config.data ({name}): {error}") from None
     say(f"{name}: one response to another prompt added to each, {counted(counts)}")

@@ -8,6 +8,7 @@ from palign.config.schema import RunConfig
 from palign.train.metrics import say
 from palign.train.once import (
     TOKENIZER,
+    check_local,
     check_settings,
     fixed_settings,
     is_prepared,
@@ -36,6 +37,7 @@ def prepare_once(config: RunConfig, output: epath.PathLike) -> dict[str, Any]:
         ValueError: bad data, or the directory holds something else.
     """
     place = epath.Path(output)
+    check_local(place, "--output")
     if is_prepared(epath.Path(config.data.path)):
         raise ValueError(f"config.data.path = {config.data.path!r}: is prepared already; train on it")
     if is_prepared(place):

@@ -131,6 +131,27 @@ def test_the_manifest_says_where_the_trees_are_from_and_what_became_of_the_rows(
     assert found.tolist() == histogram["counts"] and sum(found) == 43
 
 
+def test_methods_that_change_the_examples_change_those_that_were_prepared(pairs, prepared, tmp_path):
+    method = {"objective": {"loss_type": ["kto"]}}
+    one, other = (prepare(config(path, **method), tmp_path / path.name, None).train for path in (pairs, prepared))
+    assert fingerprint(one) == fingerprint(other) and one.trees[0].mismatched == other.trees[0].mismatched == 1
+
+
+def test_runs_that_sample_have_their_prompts_prepared(pairs, tmp_path):
+    sampling = {"rollout": {"every": 1, "max_new_tokens": 5}, "objective": {"loss_type": ["sft"]}}
+    prepare_once.prepare_once(config(pairs, **sampling), tmp_path / "prepared")
+    one, other = (
+        prepare(config(path, **sampling), tmp_path / str(n), None).train
+        for n, path in enumerate((pairs, tmp_path / "prepared"))
+    )
+    assert fingerprint(one) == fingerprint(other) and [r.size for r in other.trees[0].responses] == [5]
+
+
+def test_a_directory_in_a_bucket_is_refused(pairs):
+    with pytest.raises(ValueError, match=r"^--output=gs://b/prepared: .* local disk"):
+        prepare_once.prepare_once(config(pairs), "gs://b/prepared")
+
+
 def test_a_finished_directory_is_left_alone_and_another_is_refused(pairs, prepared, tmp_path, capsys):
     before = {file: file.stat().st_mtime_ns for file in prepared.rglob("*")}
     prepare_once.prepare_once(config(pairs), prepared)
