@@ -189,7 +189,7 @@ def assemble(
     places = FROZEN_SHARDINGS[config.frozen.placement](mesh, jax.eval_shape(trunk.init, jax.random.key(0)))
 
     def load(source: Source) -> Any:
-        return jax.device_put(load_source(source, trunk, mesh, dtype=config.frozen.dtype), places)
+        return jax.device_put(load_source(source, lm=trunk, mesh=mesh, dtype=config.frozen.dtype), places)
 
     aux = {role: load(sources[role]) for role in sorted(objective.frozen - followers.keys())}
 
