@@ -31,7 +31,7 @@ from palign.report.contents import Cell, Histogram, Row, RunReport, Table, Token
 from palign.report.page import write_report
 from palign.report.table import print_table
 from palign.train.once import Tokenised, is_prepared, read_manifest
-from palign.train.prepare import Prepared, plan_all, read_all, tokenise_sets
+from palign.train.prepare import Prepared, data_key, plan_all, read_all, tokenise_sets
 from palign.train.prepare_once import inherited_tokenizer
 
 SCHEMA_ROWS = 1000  # rows of each source whose columns are shown
@@ -62,10 +62,9 @@ def inspect(config: RunConfig, output: epath.PathLike = "") -> RunReport:
     Raises:
         ValueError: data that no run would take either.
     """
-    place = epath.Path(config.data.path)
-    if is_prepared(place):
-        source = read_manifest(place)["path"] or "its sources"
-        raise ValueError(f"config.data.path = {str(place)!r}: holds tokens, inspect what it was made from: {source}")
+    if is_prepared(config.data.path):
+        source = read_manifest(epath.Path(config.data.path))["path"] or "its sources"
+        raise ValueError(f"{data_key(config.data)}: holds tokens, inspect what it was made from: {source}")
     sets, read = read_all(config.data)
     with tempfile.TemporaryDirectory() as workdir:
         inherited = inherited_tokenizer(config, epath.Path(workdir))

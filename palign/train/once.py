@@ -51,9 +51,10 @@ class Tokenised(NamedTuple):
     counts: Mapping[str, Mapping[str, int]]
 
 
-def is_prepared(place: epath.Path) -> bool:
+def is_prepared(path: epath.PathLike) -> bool:
     """Whether a path is a directory of prepared data."""
-    return (place / MANIFEST).is_file() and '"palign token trees' in (place / MANIFEST).read_text(encoding="utf-8")
+    file = epath.Path(path) / MANIFEST
+    return bool(str(path)) and file.is_file() and '"palign token trees' in file.read_text(encoding="utf-8")
 
 
 def check_local(place: epath.Path, key: str) -> None:
@@ -81,14 +82,22 @@ def read_manifest(place: epath.Path) -> dict[str, Any]:
     return manifest
 
 
-def write_tokenised(place: epath.Path, tokenised: Tokenised, config: RunConfig) -> None:
+def write_tokenised(
+    place: epath.Path, tokenised: Tokenised, config: RunConfig, sources: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> None:
     """Writes tokenised examples and their manifest; the tokenizer is there already.
 
     Args:
         place: the directory.
         tokenised: the examples.
         config: with which they were made.
+        sources: `source_files`, as they were before they were read.
+
+    Raises:
+        ValueError: the sources have changed since.
     """
+    if sources != source_files(config.data):
+        raise ValueError(f"{', '.join(sources)}: changed while being read; prepare again when nobody writes there")
     with Reporter("writing and reading back", 2 * sum(map(len, tokenised.trees.values()))) as progress:
         done = itertools.count(1)
         write_trees(place, tokenised.trees, lambda tokens: progress.advance(next(done), tokens))
@@ -108,7 +117,7 @@ def write_tokenised(place: epath.Path, tokenised: Tokenised, config: RunConfig) 
         "palign": _version(),
         "path": config.data.path,
         "mixture": dict(config.data.mixture),
-        "sources": source_files(config.data),
+        "sources": sources,
         "settings": fixed_settings(config),
         "tokenizer": _identity(tokenised.tokenizer),
         "read": dict(tokenised.read),
@@ -152,21 +161,23 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
     fixed = {f"data.{name}": data[name] for name in FIXED}
     if config.data.eval_fraction:
         fixed["data.seed"] = config.data.seed  # of the split
+    if not (config.tokenizer.path or config.init_from):  # of a tokenizer that is trained
+        fixed |= {f"tokenizer.{name}": getattr(config.tokenizer, name) for name in ("model_type", "vocab_size")}
     fixed["rollout.max_new_tokens"] = config.rollout.max_new_tokens if config.rollout.every else 0
     return json.loads(json.dumps(fixed))
 
 
 def check_settings(place: epath.Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Checks that data were prepared with the settings that are asked for.
+    """Checks that data were prepared with the settings that are asked for, as far as both have a say.
 
     Raises:
         ValueError: names the first that differs.
     """
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
+    for key in sorted(before.keys() & now.keys()):
+        if before[key] != now[key]:
             raise ValueError(
-                f"config.{key} = {now.get(key)!r}: {place} was prepared with {before.get(key)!r}; use that, or prepare "
-                "the data again in another directory"
+                f"config.{key} = {now[key]!r}: {place} was prepared with {before[key]!r}; use that, or prepare the "
+                "data again in another directory"
             )
 
 
@@ -188,7 +199,7 @@ def check_tokenizer(place: epath.Path, before: Tokenizer, now: Tokenizer) -> Non
 
 def source_files(data: DataConfig) -> dict[str, list[dict[str, Any]]]:
     """Path of each source -> name, bytes and SHA-256 of its files; none of a data set that has a name."""
-    paths = dict.fromkeys([*(data.mixture or [data.path]), *data.eval_paths.values()])
+    paths = dict.fromkeys(filter(None, [*(data.mixture or [data.path]), *data.eval_paths.values()]))
     named = {path for path in paths if path.partition(":")[0] in NAMED}
     return {path: [] if path in named else [_described(file) for file in open_source(path).files] for path in paths}
 

@@ -69,8 +69,8 @@ def prepare(config: RunConfig, workdir: epath.Path, inherited: epath.Path | None
     Raises:
         ValueError: no data, bad data, or examples that do not fit a row.
     """
-    place = epath.Path(config.data.path)
-    if is_prepared(place):
+    if is_prepared(config.data.path):
+        place = epath.Path(config.data.path)
         config, stored = load_tokenised(config)
         tokenizer = _prepare_tokenizer(config, workdir, inherited or place / TOKENIZER, ())
         check_tokenizer(place, stored.tokenizer, tokenizer)

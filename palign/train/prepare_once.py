@@ -38,7 +38,7 @@ def prepare_once(config: RunConfig, output: epath.PathLike) -> dict[str, Any]:
     """
     place = epath.Path(output)
     check_local(place, "--output")
-    if is_prepared(epath.Path(config.data.path)):
+    if is_prepared(config.data.path):
         raise ValueError(f"config.data.path = {config.data.path!r}: is prepared already; train on it")
     if is_prepared(place):
         manifest = read_manifest(place)
@@ -46,8 +46,9 @@ def prepare_once(config: RunConfig, output: epath.PathLike) -> dict[str, Any]:
         say(f"{place}: is prepared already, and its sources have not changed")
         return manifest
     inherited = inherited_tokenizer(config, place)
+    sources = source_files(config.data)
     with staged(place, "--output") as stage:
-        write_tokenised(stage, tokenise(config, stage / TOKENIZER, inherited), config)
+        write_tokenised(stage, tokenise(config, stage / TOKENIZER, inherited), config, sources)
     return read_manifest(place)
 
 

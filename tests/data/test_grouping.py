@@ -1,7 +1,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palign.data.grouping import group_pairs
@@ -55,6 +55,7 @@ def test_other_records_and_single_pairs_stay_where_they_are():
     assert records[1].responses == ("a", "b", "c") and records[2:] == [tie, of_three]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("abcd")).filter(lambda p: p[0] != p[1]), min_size=2))
 def test_a_list_says_what_its_pairs_say_and_nothing_else_that_is_strict(won):
     """Against every ranking of up to four responses, tried one by one."""

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from palign.report.contents import Token, TokenSample
 from palign.report.page import (
     Cell,
     FrontierPoint,
@@ -19,6 +20,7 @@ from palign.report.page import (
     render,
     write_report,
 )
+from palign.report.plots import histograms
 
 EVIL = "<script>alert('x')</script> & $\\alpha$ {{ 7 * 7 }}"
 VOID = {"meta", "link", "br", "img"}
@@ -112,6 +114,9 @@ def test_texts_are_escaped_everywhere():
         frontier=[FrontierPoint(EVIL, 1.0, 1.0)],
         win_rates=[WinRate(EVIL, 0.5, 0.4, 0.6)],
         samples=[Sample(EVIL, {EVIL: Output(EVIL)})],
+        tables={EVIL: Table([EVIL], [Row(EVIL, [Cell(EVIL)])])},
+        histograms={EVIL: {EVIL: ([0, 1, 2], [3, 4])}},
+        token_samples=[TokenSample(EVIL, {EVIL: [Token(EVIL, target=True), Token(EVIL, special=True)]})],
         notes=[EVIL],
         config={EVIL: EVIL},
     )
@@ -136,6 +141,23 @@ def test_empty_parts_are_left_out():
 def test_each_part_may_be_missing(report, part):
     default = getattr(RunReport("x"), part)
     parsed(render(dataclasses.replace(report, **{part: default})))
+
+
+def test_tokens_say_whether_they_are_learned_and_stand_together_as_the_text():
+    tokens = [Token("a b"), Token(" c", target=True), Token("</s>", target=True, special=True)]
+    page = render(RunReport("x", token_samples=[TokenSample("Example 1", {"response 1": tokens})]))
+    assert (
+        '<p class="tokens"><span class="">a b</span><span class="target"> c</span>'
+        '<span class="target special">&lt;/s&gt;</span></p>'
+    ) in page
+
+
+def test_a_histogram_shows_shares_so_that_sets_of_any_size_compare():
+    few, many, other = (
+        histograms({"tokens": {"best": ([0, 10, 20], counts), "worst": ([0, 10, 20], [0, 0])}})["tokens"]
+        for counts in ([1, 3], [10, 30], [3, 1])
+    )
+    assert few == many != other and "Histogram of tokens, for best, worst" in few
 
 
 def test_a_model_has_one_colour_on_the_page(report):

@@ -274,7 +274,9 @@ def test_the_model_takes_the_tokenizers_vocabulary_and_never_a_smaller_one(tmp_p
     path, tokenizer = tmp_path / "none.jsonl", ByteTokenizer()
     assert with_vocabulary(config(path), tokenizer).model.vocab_size == 259
     assert with_vocabulary(config(path, model={"vocab_size": 300}), tokenizer).model.vocab_size == 300
-    with pytest.raises(ValueError, match=r"vocab_size = 258: the tokenizer has 259 ids, .* use 0 for a new"):
+    with pytest.raises(
+        ValueError, match=r"config.model.vocab_size = 258: the tokenizer has 259 ids, .* use 0 for a new model"
+    ):
         with_vocabulary(config(path, model={"vocab_size": 258}), tokenizer)
 
 

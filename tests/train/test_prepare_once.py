@@ -96,6 +96,8 @@ def test_the_steps_of_a_run_are_planned_without_reading_a_token(prepared, tmp_pa
         ("data.eval_paths", {"data": {"eval_paths": {"x": "y.jsonl"}}}),
         ("data.seed", {"data": {"seed": 1}}),
         ("rollout.max_new_tokens", {"rollout": {"every": 1, "max_new_tokens": 5}}),
+        ("tokenizer.model_type", {"tokenizer": {"model_type": "bpe"}}),
+        ("tokenizer.vocab_size", {"tokenizer": {"vocab_size": 65}}),
         ("tokenizer.path", {"tokenizer": {"path": "BYTES"}}),
         ("tokenizer.chat_template", {"tokenizer": {"chat_template": "TEMPLATE"}}),
     ],
@@ -105,7 +107,7 @@ def test_a_setting_that_was_fixed_is_refused_by_its_key(key, change, prepared, t
     (tmp_path / "chat.jinja").write_text("{{ messages }}")
     places = {"BYTES": str(tmp_path / "bytes"), "TEMPLATE": str(tmp_path / "chat.jinja")}
     if "tokenizer" in change:
-        change = {"tokenizer": {name: places[place] for name, place in change["tokenizer"].items()}}
+        change = {"tokenizer": {name: places.get(given, given) for name, given in change["tokenizer"].items()}}
     with pytest.raises(
         ValueError, match=rf"^config\.{key}( = .*)?: .*prepared was prepared with .* prepare the data again"
     ):
@@ -165,12 +167,35 @@ def test_a_finished_directory_is_left_alone_and_another_is_refused(pairs, prepar
         prepare_once.prepare_once(config(prepared), tmp_path / "again")
 
 
+def test_no_path_is_no_prepared_data_wherever_one_stands(prepared, tmp_path, monkeypatch):
+    monkeypatch.chdir(prepared)
+    with pytest.raises(ValueError, match=r"^config.data.path: must be set"):
+        prepare(config("", data={"path": ""}), tmp_path / "run", None)
+    with pytest.raises(ValueError, match=r"^config.data.path: must be set"):
+        prepare_once.prepare_once(config("", data={"path": ""}), tmp_path / "out")
+
+
 def test_a_source_that_has_changed_is_noticed(tmp_path):
     path, place = write_pairs(tmp_path / "pairs.jsonl", 20), tmp_path / "prepared"
     prepare_once.prepare_once(config(path), place)
     write_pairs(path, 21)
     with pytest.raises(ValueError, match=r"pairs.jsonl has changed since it was prepared"):
         prepare_once.prepare_once(config(path), place)
+
+
+def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch):
+    path = write_pairs(tmp_path / "pairs.jsonl", 20)
+    tokenise = prepare_once.tokenise
+
+    def slowly(*given):
+        made = tokenise(*given)
+        write_pairs(path, 21)
+        return made
+
+    monkeypatch.setattr(prepare_once, "tokenise", slowly)
+    with pytest.raises(ValueError, match=r"pairs.jsonl: changed while being read"):
+        prepare_once.prepare_once(config(path), tmp_path / "prepared")
+    assert [file.name for file in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
 def test_what_was_stopped_is_no_data_set_and_the_next_attempt_begins_again(pairs, tmp_path, monkeypatch):
