@@ -57,7 +57,7 @@ def write(path, rows):
 
 
 def settings(name, path, model, **sections):
-    """TRL's settings, as docs/switching.md translates them."""
+    """TRL's settings, as docs/trl.md translates them."""
     there = recorded(name)["settings"]
     optimizer = {
         "learning_rate": there["learning_rate"],
