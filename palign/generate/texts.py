@@ -17,7 +17,7 @@ from palign.generate.sample import make_sampler
 from palign.models.protocol import LanguageModel
 from palign.types import Unembedding
 
-PROMPT_MULTIPLE = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
+PROMPT_MULTIPLE = 16  # prompts are padded to a multiple of this, long ones of an eighth to a quarter of their length
 
 
 class Generation(NamedTuple):
@@ -167,7 +167,8 @@ WRITERS: dict[str, Callable[[Answered, str, str], Iterator[str]]] = {
 def _pad(ids: Sequence[np.ndarray], batch_size: int) -> tuple[jax.Array, jax.Array]:
     """Right-pads prompts, and the batch with copies of the last one, to shapes that are compiled once."""
     longest = max(x.size for x in ids)
-    token = np.zeros((batch_size, -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE), np.int32)
+    multiple = max(PROMPT_MULTIPLE, 1 << max(longest.bit_length() - 3, 0))
+    token = np.zeros((batch_size, -(-longest // multiple) * multiple), np.int32)
     length = np.ones(batch_size, np.int32)
     for row, x in enumerate([*ids, *[ids[-1]] * (batch_size - len(ids))]):
         token[row, : x.size], length[row] = x, x.size

@@ -233,7 +233,8 @@ INTRODUCTION = """\
 What each loss of other libraries is here, and what changes with it. A name in the column "here" is a value of
 `objective.loss_type` ([methods](methods.md)); `losses.NAME` is a function that no method is made of, for those who
 write their own step; `a + b` is two methods with `objective.loss_weights`. An empty difference means the same formula.
-Learning rates, batches and data are other settings: [trl.md](trl.md) goes through those of TRL.
+Learning rates, batches and data are other settings: [trl.md](trl.md) goes through those of TRL, with the commands from
+a Hugging Face directory to another, and ten steps that agree with TRL's.
 
 TRL's `sigmoid`, `sigmoid_norm` and `robust` may be written for `dpo`, `ln_dpo` and `robust_dpo`. Old names of losses,
 such as `aot_pair`, and TRL's settings that have another name here are errors that say what to write, and

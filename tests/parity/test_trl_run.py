@@ -57,7 +57,7 @@ def write(path, rows):
 
 
 def settings(name, path, model, **sections):
-    """TRL's settings, as docs/switching.md translates them."""
+    """TRL's settings, as docs/trl.md translates them."""
     there = recorded(name)["settings"]
     optimizer = {
         "learning_rate": there["learning_rate"],
@@ -140,13 +140,10 @@ def test_an_exported_run_is_the_model_that_was_trained(trained, tmp_path):
     name, workdir = trained
     convert(str(workdir), str(tmp_path / "out"))
     rows = recorded(name)["pairs"][:6]
-    before, after, back = (
-        scores(place, rows, tmp_path) for place in (FIXTURES / "trl_run" / name, workdir, tmp_path / "out")
-    )
+    after, back = (scores(place, rows, tmp_path) for place in (workdir, tmp_path / "out"))
     for ids, again in zip(after[0], back[0], strict=True):
         np.testing.assert_array_equal(ids, again)
     np.testing.assert_array_equal(np.concatenate(after[1]), np.concatenate(back[1]))
-    assert np.abs(np.concatenate(after[1]) - np.concatenate(before[1])).max() > 0.1
 
 
 def transformers(*arguments):

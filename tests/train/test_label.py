@@ -13,6 +13,7 @@ from palign.data.readers import read_records
 from palign.data.tokenize import TokenTree
 from palign.generate.texts import Generation
 from palign.sharding.mesh import make_mesh
+from palign.train import convert as convert_module
 from palign.train import label as label_module
 from palign.train.label import Sampling, label
 from palign.train.scorers import rewards
@@ -147,10 +148,14 @@ def test_a_reward_model_s_scores_are_those_of_transformers_at_the_last_token(nam
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_a_reward_model_scores_texts_by_its_own_tokenizer(tmp_path):
+def test_a_reward_model_scores_texts_by_its_own_tokenizer_from_either_kind_of_directory(tmp_path, monkeypatch):
     place, mesh = hugging_face("llama_reward", tmp_path / "reward"), make_mesh(data=1, devices=jax.devices()[:1])
+    monkeypatch.setattr(convert_module, "make_mesh", lambda **_: mesh)
+    convert_module.convert(str(place), str(tmp_path / "run"))
     write(tmp_path / "given.jsonl", [GIVEN[0], GIVEN[2]])
-    label(tmp_path / "given.jsonl", tmp_path / "out.jsonl", reward_model=str(place))
+    for name, model in (("out", place), ("of_the_run", tmp_path / "run")):
+        label(tmp_path / "given.jsonl", tmp_path / f"{name}.jsonl", reward_model=str(model))
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "of_the_run.jsonl").read_bytes()
     loaded = load_run(str(place), mesh=mesh)
     ids = [[*loaded.tokenizer.encode("say a :" + text), 2] for text in (" bad cat", " dog")]  # no BOS: it has none
     start, *responses = (np.asarray(one, np.int32) for one in (ids[0][:3], ids[0][3:], ids[1][3:]))
