@@ -115,6 +115,8 @@ def _copy_beside(source: Source, config: RunConfig, stage: epath.Path) -> dict[s
         for name, file in (files | ({template.name: template} if template.is_file() else {})).items():
             if name != CONFIG:
                 (stage / name).write_bytes(file.read_bytes())
-        if not (stage / "generation_config.json").is_file():
-            (stage / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n")
+        generation = stage / "generation_config.json"
+        if generation.name not in files:  # the tokenizer may have written all the ids that end a response
+            several = read_json(generation) if generation.is_file() else {}
+            generation.write_text(json.dumps(special | several, indent=2) + "\n")
     return special | {name: value for name, value in kept.items() if value is not None}
