@@ -149,7 +149,7 @@ def test_a_run_of_no_model_of_hugging_faces_is_exported_with_what_it_knows(dpo, 
     content = json.loads((place / "config.json").read_text())
     assert content["eos_token_id"] == 2 and content["max_position_embeddings"] == 32
     assert content["torch_dtype"] == "bfloat16" and (place / "tokenizer.json").is_file()
-    assert json.loads((place / "generation_config.json").read_text())["bos_token_id"] == 1
+    assert json.loads((place / "generation_config.json").read_text())["eos_token_id"] == 2
 
 
 @pytest.mark.parametrize(
