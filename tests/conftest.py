@@ -10,6 +10,8 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 import jax  # noqa: E402
 
+collect_ignore_glob = ["fixtures/make_*.py"]  # they need packages that the tests do without
+
 CACHE = pathlib.Path(os.environ.get("PALIGN_TEST_CACHE", pathlib.Path(tempfile.gettempdir()) / "palign-test-cache"))
 
 jax.config.update("jax_platforms", "cpu")

@@ -38,8 +38,16 @@ def test_when_one_process_fails_the_others_are_ended_and_its_code_is_the_launche
     assert children[0].returncode == -signal.SIGKILL
 
 
-def test_the_cause_is_passed_on_rather_than_what_followed_from_it():
-    code = "import os, sys; sys.exit(2) if sys.argv[-1] == '--process=1' else os.abort()"
+def test_the_cause_is_passed_on_rather_than_what_followed_from_it(tmp_path):
+    code = (
+        f"import os, pathlib, sys, time; mark = pathlib.Path({str(tmp_path / 'failing')!r})\n"
+        "if sys.argv[-1] == '--process=1':\n"
+        "    mark.touch()\n"
+        "    os._exit(2)\n"
+        "while not mark.exists():\n"
+        "    time.sleep(0.001)\n"
+        "os.abort()"
+    )
     assert launched("--processes=2", "--", sys.executable, "-c", code).returncode == 2
 
 

@@ -45,7 +45,8 @@ def pass_by(place, step):
         os.kill(os.getpid(), signal.SIGKILL)
 
 def dangerous_advance(self, done, *args, **kwargs):
-    pass_by("reported", done)
+    if self._title == pathlib.Path(workdir).name:  # of the run, not of what comes before
+        pass_by("reported", done)
     advance(self, done, *args, **kwargs)
 
 def dangerous_save(self, state, *args):
