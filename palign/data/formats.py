@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from palign.data.records import RecordError, number, wrong_type
+from palign.data.records import RecordError, number, short, wrong_type
 from palign.data.strict_json import Row
 
 ASSISTANT = "\n\nAssistant:"
@@ -189,7 +189,7 @@ def find_format(columns: frozenset[str], where: str) -> Format:
     widest = [f for f in fitting if not any(set(f.columns) < {*g.columns, *g.extra} for g in fitting if g is not f)]
     if len(widest) == 1:
         return widest[0]
-    shown = ", ".join(map(printable, sorted(columns)[:12])) or "none"
+    shown = ", ".join(map(short, sorted(columns)[:12])) or "none"
     if widest:
         both = " and ".join("+".join(f.columns) for f in widest)
         advice = "remove the columns of one of them"
@@ -206,11 +206,6 @@ def find_format(columns: frozenset[str], where: str) -> Format:
     raise RecordError("columns", f"{where}: {found}: {advice}")
 
 
-def printable(name: str) -> str:
-    """Returns a column's name so that it stays on its line, at most 60 characters of it."""
-    return name[:60] if name.isprintable() else repr(name[:60])
-
-
 def weigh(ratings: Any, weights: Mapping[str, float], name: str, where: str) -> float:
     """Returns the score that ratings by attribute add up to.
 
@@ -224,7 +219,7 @@ def weigh(ratings: Any, weights: Mapping[str, float], name: str, where: str) -> 
         RecordError: an attribute is missing or no number.
     """
     if missing := [attribute for attribute in weights if attribute not in ratings]:
-        there = ", ".join(map(printable, ratings)) or "none"
+        there = ", ".join(map(short, ratings)) or "none"
         found = f"{name} has no rating {missing[0]!r}; there are: {there}"
         raise RecordError("rating", f"{where}: {found}: name those in config.data.score_weights")
     return sum(

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from palign.data.formats import PROMPT_ONLY, REFUSED, Fields, Format, find_format, printable, weigh
-from palign.data.records import Record, RecordError, Text, make_record
+from palign.data.formats import PROMPT_ONLY, REFUSED, Fields, Format, find_format, weigh
+from palign.data.records import Record, RecordError, Text, make_record, short
 from palign.data.sources import open_source
 from palign.data.strict_json import Row, as_object, parse_row
 
@@ -69,7 +69,7 @@ def read_records(
     if bad_records not in BAD_RECORDS:
         raise ValueError(f"bad_records is {bad_records!r}; expected one of {', '.join(BAD_RECORDS)}")
     source, reader = open_source(path), _Reader(score_weights)
-    reader.counts.update(f"ignored_file/{printable(name)}" for name in source.ignored)
+    reader.counts.update(f"ignored_file/{short(name)}" for name in source.ignored)
     for id, (where, raw) in enumerate(source.rows, first_id):
         reader.counts["rows"] += 1
         if isinstance(raw, bytes) and not raw.strip():
@@ -114,7 +114,7 @@ class _Reader:
             self._check_blank(record, format, where)
         kind = "" if record is None or isinstance(record.prompt, str) else " in messages"
         self.counts[f"format/{format.name}{kind}"] += 1
-        self.counts.update(f"ignored_column/{printable(name)}" for name in ignored)
+        self.counts.update(f"ignored_column/{short(name)}" for name in ignored)
         if record is None:
             self.counts["ties"] += 1
         elif len(record.responses) == 2 and record.responses[0] == record.responses[1]:

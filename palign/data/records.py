@@ -11,15 +11,27 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class RecordError(ValueError):
-    """A record that cannot be used; the message is one line that begins with its place.
+    r"""A record that cannot be used; the message is one line that begins with its place.
+
+    Whatever a file holds is shown in it so that it stays on that line: a newline as `\n`.
 
     Attributes:
         reason: what is wrong in one or two words, such as `not_json`; records that are skipped are counted by it.
     """
 
     def __init__(self, reason: str, message: str):
-        super().__init__(message)
+        super().__init__(printable(message))
         self.reason = reason
+
+
+def printable(text: str) -> str:
+    """Returns text on one line: characters that would not show, or would end the line, as Python writes them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def short(name: str) -> str:
+    """Returns a column's name on one line, at most 60 characters of it."""
+    return printable(name[:60])
 
 
 class Message(NamedTuple):
@@ -147,7 +159,8 @@ def _text(value: Any, name: str, where: str) -> Text:
 def _message(turn: Any, name: str, where: str) -> Message:
     given = {key for key, value in turn.items() if value is not None} if isinstance(turn, dict) else set()
     if given != {"role", "content"}:  # a table has null where a message lacks what another has
-        shown = f"an object of {', '.join(map(str, turn)) or 'nothing'}" if isinstance(turn, dict) else _show(turn)
+        names = ", ".join(map(short, list(turn)[:6])) if isinstance(turn, dict) else ""
+        shown = f"an object of {names or 'nothing'}" if isinstance(turn, dict) else _show(turn)
         raise RecordError("message", f'{where}: {name} is {shown}; expected {{"role": ..., "content": ...}}')
     if turn["role"] not in ROLES:
         shown = _show(turn["role"])

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-Row = dict[str, Any]
+from palign.data.records import printable
+from palign.data.strict_json import Row
 
 
 def read_parquet(path: epath.Path) -> Iterator[Row]:
@@ -149,5 +150,4 @@ def _plain(feature: Any, value: Any) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    return "".join(c if c.isprintable() else "?" for c in line)
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0][:300])

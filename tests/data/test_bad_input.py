@@ -53,7 +53,12 @@ RECORDS = {
     "a blank prompt alone": (said(prompt=" "), "blank_prompt", "the prompt is blank"),
     "no column": (b"{}", "columns", "columns found: none; formats accepted: prompt+chosen+rejected, "),
     "columns of two formats": (said(prompt="q", responses=["a"], rank=[1], scores=[1]), "columns", "fit two formats"),
-    "a column's name of several lines": (b'{"a\\nb": 1}', "columns", r"columns found: 'a\nb';"),
+    "a column's name of several lines": (b'{"a\\nb": 1}', "columns", r"columns found: a\nb;"),
+    "a message's key of several lines": (
+        said(prompt=[{"a\r\nb": None}], chosen=[], rejected=[]),
+        "message",
+        r"message 1 is an object of a\r\nb; expected",
+    ),
     "a column that cannot be honoured": (said(**PAIR, images=["x.png"]), "refused_column", "'images' cannot be"),
     "null": (said(prompt=None, chosen="a", rejected="b"), "wrong_type", "prompt is null; expected a string"),
     "a number for text": (said(prompt="q", chosen=3, rejected="b"), "wrong_type", "response 1 is int 3; expected a"),
