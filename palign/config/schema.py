@@ -132,6 +132,7 @@ class DataConfig:
 
     path: str = ""  # a file, directory, glob, tfds:NAME/SPLIT, hf:NAME/SPLIT or prepared data (docs/data.md)
     mixture: Mapping[str, float] = dataclasses.field(default_factory=dict)  # in place of path: path -> weight
+    cache: str = ""  # a local directory where tokenised files are kept for other runs; "": every start tokenises
     eval_paths: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name of a held-out set -> its path
     eval_fraction: float = 0.05  # held out of the training data as the set "heldout"; 0 = none
     limit: int = 0  # most records read of each path; 0 = all

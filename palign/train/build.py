@@ -36,7 +36,8 @@ from palign.train.matching import match_prompts
 from palign.train.metrics import add, say, to_floats
 from palign.train.models import SIZES, check_models, frozen_kernel, load_start, with_factors, with_sizes
 from palign.train.optimizer import make_optimizer
-from palign.train.prepare import Prepared, data_key, has_preference, prepare, with_vocabulary
+from palign.train.prepare import Prepared, data_key, has_preference, with_vocabulary
+from palign.train.prepare_once import prepare_cached
 from palign.train.sources import CONFIG, Source, find_source, keep_origin, load_source, without_value_head
 from palign.train.state import TrainState, init_state, state_shardings
 from palign.train.step import make_eval_step, make_train_step
@@ -69,7 +70,7 @@ def build(config: RunConfig, workdir: epath.Path) -> tuple[Run, TrainState]:
     sources = find_sources(config, workdir)
     config = with_sizes(config, sources)
     workdir.mkdir(parents=True, exist_ok=True)
-    data = prepare(config, workdir, next((source.workdir for source in sources.values()), None))
+    data = prepare_cached(config, workdir, next((source.workdir for source in sources.values()), None))
     _check_tokenizers(data.tokenizer, sources)
     _check_preferences(config, data)
     _check_ratings(config, data)

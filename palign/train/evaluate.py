@@ -11,7 +11,7 @@ from palign.sharding.mesh import make_mesh
 from palign.train.build import assemble, evaluate, find_sources
 from palign.train.checkpoint import load_models
 from palign.train.digest import digest
-from palign.train.prepare import prepare
+from palign.train.prepare_once import prepare_cached
 from palign.train.sources import Source, check_base, read_config
 
 
@@ -36,9 +36,11 @@ def evaluate_run(name: str, path: str = "") -> dict[str, float]:
     if config.objective.reference == "cached":  # one pass: nothing to save by caching
         config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, reference="live"))
     if path:
-        only = dataclasses.replace(config.data, path=path, mixture={}, eval_fraction=0.0, eval_paths={}, limit=0)
+        only = dataclasses.replace(
+            config.data, path=path, mixture={}, cache="", eval_fraction=0.0, eval_paths={}, limit=0
+        )
         config = dataclasses.replace(config, data=only)
-    data = prepare(config, workdir, None)
+    data = prepare_cached(config, workdir, None)
     if path:
         data = data._replace(evals={"data": data.train.once()})
     if not data.evals:

@@ -6,6 +6,7 @@ one that does not.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -23,15 +24,20 @@ from palign.train.paths import is_local
 
 FILE = "run.lock"
 BEAT_SECONDS = 20.0
+WAIT_SECONDS = 1.0  # between two looks at a lock that is waited for
 PATIENCE_SECONDS = 3 * BEAT_SECONDS  # a lock of another host that did not change for so long is nobody's
 
 
 @contextlib.contextmanager
-def run_lock(workdir: epath.Path) -> Iterator[None]:
+def run_lock(workdir: epath.Path, *, wait: bool = False) -> Iterator[None]:
     """Holds a workdir, which is made if need be; process 0 does so for all.
 
     On a local file system of which two runs at once ask for it, one gets it; in a bucket they must not ask within the
     same second.
+
+    Args:
+        workdir: the directory.
+        wait: for a run that is at work in it, instead of refusing.
 
     Raises:
         ValueError: another run is at work in it, or the processes see different directories.
@@ -41,13 +47,13 @@ def run_lock(workdir: epath.Path) -> Iterator[None]:
         wait_for_all(f"lock of {workdir}")
         if not file.is_file():
             raise ValueError(
-                f"{workdir}: process {jax.process_index()} does not see what process 0 has written there; give a "
-                "--workdir that all processes share, on a network file system or in a bucket"
+                f"{workdir}: process {jax.process_index()} does not see what process 0 has written there; name a "
+                "directory that all processes share, on a network file system or in a bucket"
             )
         yield
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    _take(file)
+    _take(file, wait)
     wait_for_all(f"lock of {workdir}")
     heart = threading.Thread(target=_beat, args=(file, stop), daemon=True)
     heart.start()
@@ -63,17 +69,24 @@ def _content(beat: int) -> str:
     return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "beat": beat})
 
 
-def _take(file: epath.Path) -> None:
-    while not _create(file):
+def _take(file: epath.Path, wait: bool) -> None:
+    for attempt in itertools.count():
+        if _create(file):
+            return
         owner = _read(file)
-        if owner and not _is_stale(file, owner):
+        if not owner or _is_stale(file, owner):
+            if owner:
+                say(f"{file.parent}: takes over from process {owner['pid']} on {owner['host']}, which is gone")
+            file.unlink(missing_ok=True)
+        elif wait:
+            if not attempt:
+                say(f"{file.parent}: waits for process {owner['pid']} on {owner['host']}, which is at work in it")
+            time.sleep(WAIT_SECONDS)
+        else:
             raise ValueError(
                 f"{file.parent}: process {owner['pid']} on {owner['host']} is at work in it; wait for it, stop it, or "
                 f"use another --workdir ({FILE} in it is its lock)"
             )
-        if owner:
-            say(f"{file.parent}: takes over from process {owner['pid']} on {owner['host']}, which is gone")
-        file.unlink(missing_ok=True)
 
 
 def _create(file: epath.Path) -> bool:

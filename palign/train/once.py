@@ -119,7 +119,7 @@ def write_tokenised(
         "mixture": dict(config.data.mixture),
         "sources": sources,
         "settings": fixed_settings(config),
-        "tokenizer": _identity(tokenised.tokenizer),
+        "tokenizer": identity(tokenised.tokenizer),
         "read": dict(tokenised.read),
         "sets": sets,
     }
@@ -187,7 +187,7 @@ def check_tokenizer(place: epath.Path, before: Tokenizer, now: Tokenizer) -> Non
     Raises:
         ValueError: it has another one, or another chat template.
     """
-    known, given = _identity(before), _identity(now)
+    known, given = identity(before), identity(now)
     what = {"model": "tokenizer.path", "eos_ids": "tokenizer.path", "chat_template": "tokenizer.chat_template"}
     for name, key in what.items():
         if known[name] != given[name]:
@@ -217,7 +217,8 @@ def _described(file: epath.Path) -> dict[str, Any]:
     return {"file": str(file), "bytes": file.stat().length, "sha256": digest}
 
 
-def _identity(tokenizer: Tokenizer) -> dict[str, Any]:
+def identity(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What of a tokenizer decides the trees, as hashes: model, chat template, the ids that end a response."""
     template = tokenizer.chat_template
     hashed = None if template is None else hashlib.sha256(template.encode()).hexdigest()
     return {"model": tokenizer.fingerprint(), "chat_template": hashed, "eos_ids": sorted(tokenizer.eos_ids)}

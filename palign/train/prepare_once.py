@@ -1,30 +1,44 @@
-"""Preparing data once: everything that a run does with its data before it plans them, kept in a directory."""
+"""Preparing data once: everything that a run does with its data before it plans them, kept in a directory.
 
+By a command, in a directory that the user names; or by the run itself, in one of `config.data.cache`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
 from typing import Any
 
 from etils import epath
 
+import palign.data
 from palign.config.schema import RunConfig
+from palign.data.tokenizers import load_tokenizer, read_chat_template
+from palign.sharding.processes import is_main
+from palign.train.lock import run_lock
 from palign.train.metrics import say
 from palign.train.once import (
     TOKENIZER,
     check_local,
     check_settings,
     fixed_settings,
+    identity,
     is_prepared,
     read_manifest,
     source_files,
     write_tokenised,
 )
-from palign.train.prepare import tokenise
-from palign.train.sources import find_source
+from palign.train.prepare import Prepared, plan_all, prepare, tokenise
+from palign.train.sources import CONFIG, find_source
 from palign.train.staging import staged
 
 
 def prepare_once(config: RunConfig, output: epath.PathLike) -> dict[str, Any]:
     """Validates, splits and tokenises the data of a run and writes them to a directory that runs read by index.
 
-    The directory is there when all is written, and not before. Given again, a command that is done does nothing.
+    That they can be planned is checked too; the rows are not kept, for they depend on more settings and are made in
+    seconds. The directory is there when all is written, and not before. Given again, a command
+    that is done does nothing.
 
     Args:
         config: of the run.
@@ -48,8 +62,69 @@ def prepare_once(config: RunConfig, output: epath.PathLike) -> dict[str, Any]:
     inherited = inherited_tokenizer(config, place)
     sources = source_files(config.data)
     with staged(place, "--output") as stage:
-        write_tokenised(stage, tokenise(config, stage / TOKENIZER, inherited), config, sources)
+        tokenised = tokenise(config, stage / TOKENIZER, inherited)
+        plan_all(config, tokenised)
+        write_tokenised(stage, tokenised, config, sources)
     return read_manifest(place)
+
+
+def prepare_cached(config: RunConfig, workdir: epath.Path, inherited: epath.Path | None) -> Prepared:
+    """Returns what `prepare` does, with the examples kept in `config.data.cache` where that is set.
+
+    What is kept is found by all that decides it: the files' content, the settings, tokenizer and chat template, and
+    palign's own code. Of runs that begin at once, one tokenises and the others wait.
+
+    Args:
+        config: see `prepare`.
+        workdir: see `prepare`.
+        inherited: see `prepare`.
+
+    Raises:
+        ValueError: as `prepare`; or data that cannot be kept.
+    """
+    data = config.data
+    if not data.cache:
+        return prepare(config, workdir, inherited)
+    cache = epath.Path(data.cache)
+    check_local(cache, "config.data.cache")
+    if is_prepared(data.path):
+        raise ValueError(f"config.data.cache = {data.cache!r} has no effect on data that are prepared; remove it")
+    inherited = workdir if (workdir / CONFIG).is_file() else inherited
+    sources = source_files(data)
+    place = cache / f"{pathlib.Path(data.path).stem or 'mixture'}-{_key(config, inherited, sources)}"
+    with run_lock(cache, wait=True):
+        if not is_prepared(place):
+            with staged(place, "config.data.cache") as stage:
+                tokenised = tokenise(config, stage / TOKENIZER, inherited)
+                if is_main():
+                    write_tokenised(stage, tokenised, config, sources)
+    kept = dataclasses.replace(data, path=str(place), mixture={}, cache="")
+    return prepare(dataclasses.replace(config, data=kept), workdir, inherited)
+
+
+def _key(config: RunConfig, inherited: epath.Path | None, sources: dict[str, list[dict[str, Any]]]) -> str:
+    """Sixteen hex digits of all that decides the examples."""
+    if named := [path for path, files in sources.items() if not files]:
+        raise ValueError(
+            f"config.data.cache: {named[0]} has a name and no files here, so nobody sees whether it has changed; "
+            "prepare it once (palign.cli.prepare) and train on that, or leave config.data.cache out"
+        )
+    tokenizer, place = None, config.tokenizer.path or inherited
+    if place and (config.tokenizer.path or config.init_from or config.sources):  # else it is trained on these data
+        tokenizer = load_tokenizer(place)
+        if config.tokenizer.chat_template:
+            tokenizer.chat_template = read_chat_template(config.tokenizer.chat_template)
+    code = hashlib.sha256()
+    for file in sorted(pathlib.Path(palign.data.__path__[0]).glob("*.py")):
+        code.update(file.read_bytes())
+    decides = {
+        "sources": sources,
+        "mixture": dict(config.data.mixture),
+        "settings": fixed_settings(config),
+        "tokenizer": None if tokenizer is None else identity(tokenizer),
+        "code": code.hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def inherited_tokenizer(config: RunConfig, workdir: epath.Path) -> epath.Path | None:

@@ -78,6 +78,15 @@ def test_another_hosts_lock_is_watched_whether_it_changes(beats, tmp_path, monke
     assert waited == [lock.PATIENCE_SECONDS]
 
 
+def test_a_lock_that_is_waited_for_is_taken_when_its_run_has_ended(tmp_path, monkeypatch, capsys, living):
+    write(tmp_path, host=socket.gethostname(), pid=living)
+    waits = iter([lambda: None, lambda: (tmp_path / FILE).unlink()])
+    monkeypatch.setattr(lock.time, "sleep", lambda _: next(waits)())
+    with run_lock(epath.Path(tmp_path), wait=True):
+        assert json.loads((tmp_path / FILE).read_text())["pid"] == os.getpid()
+    assert capsys.readouterr().err.count("which is at work in it") == 1 and next(waits, None) is None
+
+
 def test_a_lock_says_again_and_again_that_its_run_lives(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.01)
     with run_lock(epath.Path(tmp_path)):

@@ -240,6 +240,72 @@ def test_a_mixture_is_prepared_with_its_weights(tmp_path):
     assert fingerprint(one) == fingerprint(prepare(config(tmp_path / "prepared"), tmp_path / "b", None).train)
 
 
+def kept(path, cache, **change):
+    """A config whose examples are kept."""
+    return config(path, **change | {"data": {"cache": str(cache)} | change.get("data", {})})
+
+
+@pytest.fixture
+def tokenised(monkeypatch):
+    """The configs that were tokenised, one after another."""
+    done, tokenise = [], prepare_once.tokenise
+    monkeypatch.setattr(prepare_once, "tokenise", lambda *given: done.append(given[0]) or tokenise(*given))
+    return done
+
+
+def test_a_run_keeps_its_examples_for_others_and_takes_the_very_steps_of_one_that_does_not(pairs, tmp_path, tokenised):
+    plain = prepare(config(pairs), tmp_path / "plain", None)
+    for run in ("a", "b"):
+        made = prepare_once.prepare_cached(kept(pairs, tmp_path / "cache"), tmp_path / run, None)
+        assert fingerprint(made.train) == fingerprint(plain.train) and made.counts == plain.counts
+        assert made.tokenizer.fingerprint() == plain.tokenizer.fingerprint()
+    (tmp_path / "b" / "config.json").write_text("{}")  # goes on: its tokenizer is in the workdir
+    again = prepare_once.prepare_cached(kept(pairs, tmp_path / "cache"), tmp_path / "b", None)
+    assert fingerprint(again.train) == fingerprint(plain.train) and len(tokenised) == 1
+    other = {"data": {"rows_per_step": 2, "packing": "one_per_row"}}  # decides no example
+    assert prepare_once.prepare_cached(kept(pairs, tmp_path / "cache", **other), tmp_path / "c", None).train.num_steps
+    assert len(tokenised) == 1 and [file.name[:6] for file in (tmp_path / "cache").iterdir()] == ["pairs-"]
+
+
+def test_whatever_decides_the_examples_is_another_entry_of_the_cache(tmp_path, tokenised, monkeypatch):
+    path, cache, places = write_pairs(tmp_path / "pairs.jsonl", 20), tmp_path / "cache", tmp_path / "tokenizer"
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    ByteTokenizer().save(places)
+    by_bytes = {"tokenizer": {"path": str(places)}, "data": {"max_length": 512, "row_length": 1024}}
+    chat = {**by_bytes, "tokenizer": {"path": str(places), "chat_template": str(template)}}
+    cut = {**by_bytes, "data": {**by_bytes["data"], "truncation": "drop"}}
+    changes = {"": {}, "tokenizer": by_bytes, "template": chat, "truncation": cut}
+
+    def entries(name):
+        prepare_once.prepare_cached(kept(path, cache, **changes[name]), tmp_path / str(len(tokenised)), None)
+        return len(list(cache.iterdir()))
+
+    assert [entries(name) for name in changes] == [1, 2, 3, 4]
+    template.write_text("{% for m in messages %}> {{ m.content }}{% endfor %}")
+    assert entries("template") == 5
+    write_pairs(path, 21)
+    assert entries("truncation") == 6
+    monkeypatch.setattr(prepare_once.palign.data, "__path__", [str(tmp_path)])  # another palign, one without code
+    assert entries("truncation") == 7
+
+
+def test_what_cannot_be_kept_is_refused(pairs, prepared, tmp_path):
+    for path, cache, message in [
+        (prepared, tmp_path / "c", r"^config.data.cache = .* has no effect on data that are prepared"),
+        (pairs, "gs://b/c", r"^config.data.cache=gs://b/c: .* local disk"),
+        ("tfds:no_such/train", tmp_path / "c", r"^config.data.cache: tfds:no_such/train has a name and no files here"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            prepare_once.prepare_cached(kept(path, cache), tmp_path / "run", None)
+
+
+def test_the_command_refuses_examples_that_no_row_of_its_config_holds(pairs, tmp_path):
+    with pytest.raises(ValueError, match=r"^config.data.row_length, config.data.oversize \(train\): .* do not fit"):
+        prepare_once.prepare_once(config(pairs, data={"row_length": 16, "block": 16}), tmp_path / "prepared")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_command_prepares_and_says_so(pairs, tmp_path, capsys):
     (tmp_path / "c.py").write_text(
         "import ml_collections\n"
