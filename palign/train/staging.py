@@ -10,7 +10,7 @@ from palign.sharding.processes import is_main, wait_for_all
 
 @contextlib.contextmanager
 def staged(place: epath.Path, flag: str) -> Iterator[epath.Path]:
-    """A directory that becomes `place` when all is written.
+    """A directory that becomes `place` when all is written, for all processes before any goes on.
 
     Args:
         place: the directory, not there yet or empty.
@@ -34,6 +34,7 @@ def staged(place: epath.Path, flag: str) -> Iterator[epath.Path]:
         wait_for_all(f"ends {place}")
         if is_main():
             stage.rename(place)
+        wait_for_all(f"{place} is there")
     finally:
         if is_main():
             stage.rmtree(missing_ok=True)

@@ -114,6 +114,7 @@ def runs(sources):
         "cached teachers": teachers | {"objective": distil["objective"] | {"teachers": "cached"}},
         "on-policy": teachers | {"rollout": {"every": 1, "max_new_tokens": 8}},
         "micro-batches": {"data": {"rows_per_step": 8, "micro_batches": 2}},
+        "kept examples": {"data": {"cache": str(sources / "kept")}},
         "tensor": {**live, "mesh": {"data": 1, "fsdp": 2, "tensor": 2}},
         "context": {**live, "mesh": {"data": 2, "context": 2}},
     }
@@ -122,7 +123,7 @@ def runs(sources):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize(
-    "name", ["cached reference", "cached teachers", "on-policy", "micro-batches", "tensor", "context"]
+    "name", ["cached reference", "cached teachers", "on-policy", "micro-batches", "kept examples", "tensor", "context"]
 )
 def test_every_kind_of_run_is_the_same_in_several_processes(name, processes, pairs, sources, tmp_path):
     more = dict(runs(sources)[name])
