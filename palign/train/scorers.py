@@ -21,6 +21,7 @@ from palign.eval.score import as_dataset
 from palign.models.protocol import LanguageModel
 from palign.objectives.base import values_at_ends
 from palign.train.digest import digest
+from palign.train.once import identity
 from palign.train.sources import Loaded, load_run
 
 ROWS = 8  # of a reward model's batch
@@ -99,9 +100,8 @@ def reward_scorer(name: str, mesh: Mesh) -> Scorer:
 
 def identity_of(model: Loaded) -> str:
     """Tells a model with its tokenizer and chat template from every other one."""
-    tokenizer = model.tokenizer
-    parts = (model.lm.settings, digest(model.params), tokenizer.fingerprint(), tokenizer.chat_template)
-    return hashlib.sha256(repr((*parts, sorted(tokenizer.eos_ids))).encode()).hexdigest()
+    parts = (model.lm.settings, digest(model.params), identity(model.tokenizer))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def rewards(model: Loaded, trees: Sequence[TokenTree], mesh: Mesh) -> list[list[float]]:
