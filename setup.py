@@ -15,7 +15,7 @@ TRAIN = [
     "ml-collections>=1.1.0",
     "sentencepiece>=0.2.1",
     "absl-py>=2.3.1",
-    "etils[epath]>=1.12",
+    "etils[epath]>=1.14",
     "safetensors>=0.6.2",
     "pyarrow>=17",
     "array_record>=0.8.1; sys_platform != 'win32'",
