@@ -20,7 +20,7 @@ from palign.data.records import Message, Record, Text
 from palign.generate.texts import generate
 from palign.sharding.mesh import make_mesh
 from palign.train.lock import run_lock
-from palign.train.metrics import Reporter, say
+from palign.train.metrics import Reporter, counted, say
 from palign.train.paths import absolute, write_lines
 from palign.train.scorers import Scorer, as_plain, function_scorer, identity_of, reward_scorer
 from palign.train.sources import load_run
@@ -104,8 +104,7 @@ def label(
         counts = _label_parts(parts, records, judge, responder, batch_size)
         write_lines(place, _finished_lines(parts, len(records), batch_size))
     parts.rmtree()
-    found = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
-    say(f"{place}: {found}")
+    say(f"{place}: {counted(counts)}")
     return counts
 
 
@@ -155,7 +154,7 @@ def _check_out(path: epath.PathLike, out: epath.PathLike) -> epath.Path:
 
 def _read(path: epath.PathLike, *, sampled: bool) -> list[Record]:
     records, counts = read_records(path)
-    say(f"{path}: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()))
+    say(f"{path}: {counted(counts)}")
     if not sampled and any(name.startswith(f"format/{PROMPT_ONLY.name}") for name in counts):
         raise ValueError(f"{path}: has prompts alone; name the model that answers them by --responses_from=DIR")
     if blank := next((record for record in records if not record.prompt), None):
@@ -164,9 +163,9 @@ def _read(path: epath.PathLike, *, sampled: bool) -> list[Record]:
 
 
 def _check_settings(parts: epath.Path, settings: dict[str, Any]) -> None:
-    """Begins parts, or goes on with those of the same settings."""
+    """Begins parts where there are none yet, or goes on with those of the same settings."""
     file = parts / SETTINGS
-    if not file.is_file():
+    if not any(parts.glob("*.jsonl")):
         write_lines(file, [json.dumps(settings, indent=1).encode()])
         return
     before = json.loads(file.read_text())
