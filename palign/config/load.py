@@ -169,11 +169,21 @@ def _resolve(cls: type, given: Any, key: str) -> Any:
         elif free:
             values[free][name] = _convert(float, value, f"{key}.{name}")
         else:
-            near = difflib.get_close_matches(name, _fields(cls), n=1)
-            raise ValueError(
-                f"{key}.{name}: no such setting{_did_you_mean(near) or '; there are ' + ', '.join(_fields(cls))}"
-            )
+            raise ValueError(f"{key}.{name}: no such setting{_advice(cls, name)}")
     return cls(**values)
+
+
+def _advice(cls: type, name: str) -> str:
+    """What to write in place of an unknown setting: it stands in another section, or one is spelt alike."""
+    sections = {
+        section: hint for section, hint in typing.get_type_hints(RunConfig).items() if dataclasses.is_dataclass(hint)
+    }
+    if places := [f"config.{section}.{name}" for section, hint in sections.items() if name in _fields(hint)]:
+        return f"; it is {' or '.join(places)}"
+    if near := difflib.get_close_matches(name, _fields(cls), n=1):
+        return _did_you_mean(near)
+    own = "; a method's own settings, such as beta, stand in config.objective" if cls is RunConfig else ""
+    return f"; there are {', '.join(_fields(cls))}{own}"
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:

@@ -5,6 +5,8 @@
 
 NO_MASK_BY_ID = "remove it: which tokens count is known from lengths, and no id means padding"
 ONE_ADAPTER = "remove it: LoRA factors are laid on config.init_from, which is the reference too"
+MODEL = "a stage, the workdir of a finished run or the directory of a Hugging Face model"
+UNQUANTISED = "remove it: no weights are quantised; config.frozen.dtype=bfloat16 halves frozen models"
 
 # Last part of the key -> what it is now, as it follows "no such setting; ".
 RENAMED: dict[str, str] = {
@@ -22,6 +24,7 @@ RENAMED: dict[str, str] = {
     "tpo_alpha": "TPO is not here: there is no third, gold response",
     "center_rewards_coefficient": "it is config.objective.coefficient of bradley_terry_centred",
     "precompute_ref_log_probs": "config.objective.reference=cached",
+    "precompute_ref_batch_size": "remove it: config.data.rows_per_step holds for the reference too",
     "force_use_ref_model": "config.objective.reference is live, cached or none, and config.reference_from says which",
     "use_logits_to_keep": "remove it: logits are made for response tokens only, config.objective.head_chunk at a time",
     "sync_ref_model": "config.objective.reference_sync_every above 0",
@@ -29,8 +32,16 @@ RENAMED: dict[str, str] = {
     "ref_model_mixup_alpha": "config.objective.reference_mixup",
     "use_liger_kernel": "remove it: logits are made in parts, config.objective.head_chunk tokens at a time",
     # The model.
-    "model_name_or_path": "config.init_from takes a stage or the workdir of a finished run",
-    "ref_model_name_or_path": "config.reference_from takes a stage or the workdir of a finished run",
+    "model_name_or_path": f"config.init_from takes {MODEL}",
+    "ref_model_name_or_path": f"config.reference_from takes {MODEL}",
+    "ref_model": f"config.reference_from takes {MODEL}",
+    "tokenizer_name_or_path": "config.tokenizer.path; the one of config.init_from, where it is left out",
+    "torch_dtype": "config.model.dtype; what is trained is kept in float32",
+    "tf32": "config.model.dtype is float32, bfloat16 or auto",
+    "attn_implementation": "config.attention.kernel",
+    "trust_remote_code": "remove it: the code of a model is never run",
+    "load_in_4bit": UNQUANTISED,
+    "load_in_8bit": UNQUANTISED,
     "model_adapter_name": ONE_ADAPTER,
     "ref_adapter_name": ONE_ADAPTER,
     "use_peft": "config.lora.rank above 0",
@@ -39,6 +50,9 @@ RENAMED: dict[str, str] = {
     "lora_target_modules": "config.lora.targets: query, key, value, output, gate, up, down",
     "lora_dropout": "remove it: there is no dropout",
     "gradient_checkpointing": "config.model.remat: none, or full, dots, attention",
+    "gradient_checkpointing_kwargs": "remove it: config.model.remat says all",
+    "torch_compile": "remove it: every step is compiled",
+    "deepspeed": "config.mesh.fsdp",
     "bf16": "config.model.dtype=bfloat16, or auto",
     "fp16": "config.model.dtype is float32, bfloat16 or auto",
     "disable_dropout": "remove it: there is no dropout",
@@ -48,6 +62,11 @@ RENAMED: dict[str, str] = {
     "dataset_train_split": "it stands behind the last / in config.data.path=hf:NAME/SPLIT",
     "dataset_test_split": "config.data.eval_paths.test=hf:NAME/SPLIT",
     "dataset_streaming": "remove it: the whole of config.data.path is read and checked before training",
+    "chat_template_path": "config.tokenizer.chat_template",
+    "remove_unused_columns": "remove it: columns that nobody reads are ignored and counted",
+    "group_by_length": "config.data.packing=best_fit",
+    "pad_to_multiple_of": "config.data.row_length is a multiple of config.data.block",
+    "dataloader_num_workers": "remove it: data are read by one process of each host",
     "dataset_num_proc": "remove it: data are read by one process of each host",
     "dataset_text_field": "rename the column to text",
     "datasets": "config.data.mixture is a dict, path -> weight; columns have the names of docs/data.md",
@@ -61,21 +80,30 @@ RENAMED: dict[str, str] = {
     "per_device_eval_batch_size": "config.data.rows_per_step holds for evaluation too",
     "gradient_accumulation_steps": "config.data.micro_batches: the parts a step's config.data.rows_per_step are cut in",
     # The run.
+    "run_name": "remove it: the name is that of the --workdir",
     "output_dir": "it is --workdir of the command",
     "resume_from_checkpoint": "remove it: the same command goes on in its --workdir",
     "num_train_epochs": "config.train.epochs",
     "logging_steps": "config.train.log_every",
+    "logging_strategy": "config.train.log_every",
+    "logging_first_step": "remove it: the first step is always logged",
     "save_steps": "config.train.checkpoint_every",
+    "save_strategy": "config.train.checkpoint_every",
+    "save_only_model": "remove it: a checkpoint holds the optimizer too, so that a run goes on",
+    "load_best_model_at_end": "config.train.best_metric, then WORKDIR@best",
     "save_total_limit": "config.train.keep",
     "eval_steps": "config.train.eval_every",
+    "do_eval": "config.train.eval_every; 0 is at the end only",
     "eval_strategy": "config.train.eval_every; 0 is at the end only",
     "metric_for_best_model": "config.train.best_metric",
     "greater_is_better": "config.train.best_mode is min or max",
     "generate_during_eval": "remove it: python -m palign.cli.generate samples from a run",
+    "push_to_hub": "remove it: python -m palign.cli.convert writes a directory that hf upload takes",
     "report_to": "remove it: metrics are written to the --workdir",
     # The optimizer.
     "optim": "config.optimizer.name",
     "lr_scheduler_type": "config.optimizer.schedule",
+    "lr_scheduler_kwargs": "config.optimizer.floor is the min_lr_rate of cosine_to_floor",
     "adam_beta1": "config.optimizer.b1",
     "adam_beta2": "config.optimizer.b2",
     "adam_epsilon": "config.optimizer.eps",

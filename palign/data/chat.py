@@ -143,8 +143,8 @@ class Chat:
         """
         if tokenizer.chat_template is None:
             raise ValueError(
-                "these are conversations and the tokenizer has no chat template; name the file of one (Jinja) in "
-                "config.tokenizer.chat_template"
+                "these are messages and the tokenizer has no chat template; name the file of one (Jinja) in "
+                "config.tokenizer.chat_template, or put it beside the tokenizer as chat_template.jinja"
             )
         control = tokenizer.control_tokens
         longest_first = sorted(map(re.escape, control), key=len, reverse=True)

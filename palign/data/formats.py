@@ -197,13 +197,15 @@ def find_format(columns: frozenset[str], where: str) -> Format:
     nearest = max(
         (f.columns for f in FORMATS if f != PROMPT_ONLY), key=lambda names: (_likeness(names, columns), -len(names))
     )
+    accepted = ", ".join("+".join(f.columns) for f in FORMATS)
+    found = f"columns found: {shown}; formats accepted: {accepted}"
+    if not _likeness(nearest, columns):
+        raise RecordError("columns", f"{where}: {found}; rename or join the columns to one of these")
     missing = [name for name in nearest if name not in columns]
     hints = [(name, difflib.get_close_matches(name, columns, 1)) for name in missing]
     renames = [f"rename {close[0]!r} to {name!r}" for name, close in hints if close]
     advice = "; ".join(renames) or f"add {', '.join(map(repr, missing))}"
-    accepted = ", ".join("+".join(f.columns) for f in FORMATS)
-    found = f"columns found: {shown}; formats accepted: {accepted}; the nearest is {'+'.join(nearest)}"
-    raise RecordError("columns", f"{where}: {found}: {advice}")
+    raise RecordError("columns", f"{where}: {found}; the nearest is {'+'.join(nearest)}: {advice}")
 
 
 def weigh(ratings: Any, weights: Mapping[str, float], name: str, where: str) -> float:

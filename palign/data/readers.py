@@ -85,7 +85,7 @@ def read_records(
     records, counts = reader.records[:limit], reader.counts
     if not records:
         found = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()) if count)
-        raise ValueError(f"{path}: no record is left ({found}); expected one JSON object, or table row, for each")
+        raise ValueError(f"{path}: no record is left ({found}); expected at least one that can be learned from")
     responses = sum(len(record.responses) for record in records)
     return records, dict(counts) | {"records": len(records), "responses": responses}
 

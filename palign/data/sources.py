@@ -61,6 +61,8 @@ def open_source(path: epath.PathLike) -> Source:
     if found.is_dir():
         return _open_directory(found)
     files = _glob(found) if re.search(r"[*?\[]", str(path)) and not found.exists() else [found]
+    for file in files:
+        _check_file(file)
     return Source(itertools.chain.from_iterable(map(_read, files)), tuple(files))
 
 
@@ -105,15 +107,21 @@ def _glob(pattern: epath.Path) -> list[epath.Path]:
     return files
 
 
-def _read(path: epath.Path) -> Iterator[Located]:
-    """The rows of one file."""
-    reader = _reader(path.name)
-    if reader is None:
-        raise ValueError(f"{path}: expected a file named {_kinds()}, or a directory of such files")
+def _check_file(path: epath.Path) -> None:
     if not path.is_file():
         there = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, there, 1)
-        raise ValueError(f"{path}: there is no such file" + (f"; did you mean {near[0]!r}?" if near else ""))
+        hub = f"; one of the Hugging Face Hub is hf:{path}/SPLIT" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) else ""
+        advice = f"; did you mean {near[0]!r}?" if near else "" if _reader(path.name) else hub
+        raise ValueError(f"{path}: there is no such file{advice}")
+    if _reader(path.name) is None:
+        raise ValueError(f"{path}: expected a file named {_kinds()}, or a directory of such files")
+
+
+def _read(path: epath.Path) -> Iterator[Located]:
+    """The rows of one file."""
+    reader = _reader(path.name)
+    assert reader is not None, path
     return _some(str(path), reader(path))
 
 

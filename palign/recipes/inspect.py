@@ -10,6 +10,7 @@ from etils import epath
 
 from palign.config.load import to_plain
 from palign.config.schema import RunConfig
+from palign.data.loader import Dataset
 from palign.data.pack import tree_tokens
 from palign.data.plan import fill_ratio, row_needs
 from palign.data.records import Record, RecordError
@@ -30,6 +31,7 @@ from palign.eval.winrate import mean_interval, wilson_interval
 from palign.report.contents import Cell, Histogram, Row, RunReport, Table, Token, TokenSample
 from palign.report.page import write_report
 from palign.report.table import print_table
+from palign.train.metrics import shown
 from palign.train.once import Tokenised, is_prepared, read_manifest
 from palign.train.prepare import Prepared, data_key, plan_all, read_all, tokenise_sets
 from palign.train.prepare_once import inherited_tokenizer
@@ -46,7 +48,7 @@ class Inspected(NamedTuple):
     config: RunConfig
     sets: Mapping[str, Sequence[Record]]
     tokenised: Tokenised
-    planned: Prepared
+    planned: Prepared | None  # None: no run would take them as they are
 
 
 def inspect(config: RunConfig, output: epath.PathLike = "") -> RunReport:
@@ -60,7 +62,7 @@ def inspect(config: RunConfig, output: epath.PathLike = "") -> RunReport:
         What is on the page.
 
     Raises:
-        ValueError: data that no run would take either.
+        ValueError: data that no run would take either; of examples that do not fit a row after the report is written.
     """
     if is_prepared(config.data.path):
         source = read_manifest(epath.Path(config.data.path))["path"] or "its sources"
@@ -69,12 +71,19 @@ def inspect(config: RunConfig, output: epath.PathLike = "") -> RunReport:
     with tempfile.TemporaryDirectory() as workdir:
         inherited = inherited_tokenizer(config, epath.Path(workdir))
         tokenised = tokenise_sets(config, sets, read, epath.Path(workdir), inherited)
-    report = make_report(Inspected(config, sets, tokenised, plan_all(config, tokenised)))
+    planned, refusal = None, None
+    try:
+        planned = plan_all(config, tokenised)
+    except ValueError as error:
+        refusal = error
+    report = make_report(Inspected(config, sets, tokenised, planned))
     for heading, table in report.tables.items():
         print(f"\n{heading}")
         print_table(table)
     if output:
         print(f"\npage: {write_report(output, report)}")
+    if refusal:
+        raise refusal
     return report
 
 
@@ -156,23 +165,29 @@ def _found(label: str, count: int, total: int, where: str = "") -> Row:
 
 def _sets(data: Inspected) -> Table:
     rows = []
-    for name, dataset in {"train": data.planned.train, **data.planned.evals}.items():
-        sizes = tree_sizes(dataset.trees)
+    datasets = {"train": data.planned.train, **data.planned.evals} if data.planned else {}
+    for name, trees in data.tokenised.trees.items():
+        dataset = datasets.get(name)
+        sizes = tree_sizes(dataset.trees if dataset else trees)
         shared = sum(tree_tokens(size.prompt, size.responses, "packed") for size in sizes)
         unshared = sum(tree_tokens(size.prompt, size.responses, "unshared") for size in sizes)
-        needs = row_needs(dataset.trees, layout=dataset.layout, pair_policy=dataset.pair_policy)
         cells = (
             Cell(float(len(sizes)), digits=0),
             Cell(float(sum(len(size.responses) for size in sizes)), digits=0),
             Cell(float(shared), digits=0),
             Cell(float(sum(map(sum, (size.targets for size in sizes)))), digits=0),
             Cell(unshared / shared, digits=2),
-            Cell(float(dataset.num_steps), digits=0),
-            Cell(fill_ratio(dataset.plan, needs, dataset.shape), percent=True, digits=0),
+            Cell(float(dataset.num_steps) if dataset else None, digits=0),
+            Cell(_full(dataset) if dataset else None, percent=True, digits=0),
         )
         rows.append(Row(name, cells))
     columns = ("examples", "responses", "tokens", "targets", "sharing", "steps", "rows full")
     return Table(columns, rows, label="set")
+
+
+def _full(dataset: Dataset) -> float:
+    needs = row_needs(dataset.trees, layout=dataset.layout, pair_policy=dataset.pair_policy)
+    return fill_ratio(dataset.plan, needs, dataset.shape)
 
 
 def _lengths(data: Inspected) -> Table:
@@ -230,7 +245,7 @@ def _binned(series: Mapping[str, Sequence[float]]) -> dict[str, Histogram]:
 
 
 def _counts(counts: Mapping[str, int]) -> Table:
-    rows = [Row(name.replace("_", " "), (Cell(float(n), digits=0),)) for name, n in counts.items()]
+    rows = [Row(shown(name), (Cell(float(n), digits=0),)) for name, n in counts.items()]
     return Table(("count",), rows, label="what was read")
 
 

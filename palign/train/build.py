@@ -18,6 +18,7 @@ from palign.data.stored import tree_sizes
 from palign.data.tokenizers import Tokenizer, load_tokenizer
 from palign.eval import diagnostics
 from palign.eval.displacement import hidden_sums_by_slot
+from palign.models.hf import is_hf
 from palign.models.lora import attach
 from palign.models.protocol import LanguageModel
 from palign.models.transformer import make_language_model
@@ -99,10 +100,12 @@ def check_same_config(config: RunConfig, workdir: epath.Path) -> None:
     """A run that was begun goes on, or is left as it is, under the config that it began with.
 
     Raises:
-        ValueError: the workdir holds a run of another config; names the first difference.
+        ValueError: the workdir holds a run of another config; names the first difference. Or no run.
     """
     if not (workdir / CONFIG).is_file():
         return
+    if is_hf(workdir):
+        raise ValueError(f"{workdir}: holds a Hugging Face model, not a run; take another --workdir")
     before, now = json.loads((workdir / CONFIG).read_text()), json.loads(json.dumps(to_plain(config)))
     sources = config.init_from or config.sources
     for name in SIZES if sources else ("vocab_size",):  # what is left out is the model's that it starts from

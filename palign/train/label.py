@@ -163,9 +163,9 @@ def _read(path: epath.PathLike, *, sampled: bool) -> list[Record]:
 
 
 def _check_settings(parts: epath.Path, settings: dict[str, Any]) -> None:
-    """Begins parts, or goes on with those of the same settings."""
+    """Begins parts where there are none yet, or goes on with those of the same settings."""
     file = parts / SETTINGS
-    if not file.is_file():
+    if not any(parts.glob("*.jsonl")):
         write_lines(file, [json.dumps(settings, indent=1).encode()])
         return
     before = json.loads(file.read_text())

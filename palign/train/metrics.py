@@ -161,4 +161,10 @@ def say(text: str) -> None:
 
 def counted(counts: Mapping[str, int]) -> str:
     """Counts as a part of such a line."""
-    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+    return ", ".join(f"{count:,} {shown(name)}" for name, count in counts.items())
+
+
+def shown(counter: str) -> str:
+    """The name of a counter as it is printed; a file's or a column's in it as it stands."""
+    what, slash, name = counter.partition("/")
+    return what.replace("_", " ") + slash + (name if what.startswith("ignored") else name.replace("_", " "))

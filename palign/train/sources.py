@@ -67,7 +67,7 @@ def find_source(name: str, key: str, workdir: epath.Path) -> Source:
         known = f"stages here: {', '.join(stages)}" if stages else "there are no stages here"
         raise ValueError(
             f"config.{key} = {name!r}: neither a stage nor the workdir of a run ({known}), nor the directory of a "
-            f"Hugging Face model (with a {CONFIG})"
+            f"Hugging Face model (with a {CONFIG}), which `hf download ORG/NAME --local-dir=DIR` brings"
         )
     if which and is_hf(found):
         raise ValueError(f"config.{key} = {name!r}: a Hugging Face model has no checkpoints; leave @{which} out")

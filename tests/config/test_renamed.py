@@ -51,3 +51,18 @@ def test_every_setting_that_an_advice_names_exists():
             assert key in SECTIONS[section] or (section == "objective" and key in HYPER), (section, key)
         else:
             assert section in {field.name for field in dataclasses.fields(RunConfig)} and not key, (section, key)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"learning_rate": 1e-6}, "config.learning_rate: no such setting; it is config.optimizer.learning_rate"),
+        ({"train": {"max_length": 9}}, "config.train.max_length: no such setting; it is config.data.max_length"),
+        ({"seed": 1}, "config.seed: no such setting; it is config.data.seed or config.train.seed"),
+        ({"beta": 0.1}, "stand in config.objective"),
+    ],
+)
+def test_a_setting_of_another_section_is_answered_with_its_place(given, message):
+    with pytest.raises(ValueError) as error:
+        resolve_run(given)
+    assert message in str(error.value)

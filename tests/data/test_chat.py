@@ -206,7 +206,9 @@ def test_the_name_of_a_control_token_in_a_message_is_refused_or_read_as_text():
 
 
 def test_conversations_without_a_template_say_where_to_name_one():
-    with pytest.raises(ValueError, match=r"no chat template; name the file of one .* config.tokenizer.chat_template"):
+    with pytest.raises(
+        ValueError, match=r"no chat template; name the file of one .* config.tokenizer.chat_template, or put it beside"
+    ):
         tokenize_record(record([(USER, "a")], [(ASSISTANT, "b")]), JsonTokenizer(MODEL, eos="</s>"))
 
 

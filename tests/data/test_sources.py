@@ -162,6 +162,14 @@ def test_a_glob_is_the_files_that_match_in_order(tmp_path, expected):
     assert content(read_records(tmp_path / "a[1].jsonl")[0]) == expected[:1]
 
 
+def test_a_file_that_is_not_there_is_said_before_a_row_is_asked_for(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"gone: there is no such file$"):
+        open_source(tmp_path / "gone")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^org/pairs-v1.0: .* of the Hugging Face Hub is hf:org/pairs-v1.0/SPLIT$"):
+        open_source("org/pairs-v1.0")
+
+
 def test_a_directory_without_data_says_what_it_holds(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(ValueError, match=r"no file in it is named \*.jsonl.*its directories are train"):

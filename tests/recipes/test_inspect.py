@@ -137,6 +137,12 @@ def test_bytes_of_a_character_are_shown_with_the_last_of_them(place, tmp_path):
     ]  # fmt: skip
 
 
+def test_data_that_do_not_fit_rows_are_shown_before_they_are_refused(place, tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"config.data.row_length, .* 1 of 7 trees do not fit a row of 48 tokens"):
+        inspect(of_bytes(place, row_length=48, block=16), tmp_path / "page.html")
+    assert "two responses of one score" in capsys.readouterr().out and (tmp_path / "page.html").is_file()
+
+
 def test_the_command_needs_no_config_and_says_what_to_inspect_of_prepared_data(place, tmp_path, capsys):
     settings = [f"--config.tokenizer.path={place / 'bytes'}", "--config.data.eval_fraction=0.0"]
     given = [f"--config.data.path={place / 'train.jsonl'}", f"--output={tmp_path / 'p.html'}"]

@@ -71,6 +71,13 @@ def dpo(pairs, llama, tmp_path_factory):
     return settings, workdir, run(settings, workdir)
 
 
+def test_the_directory_of_a_model_is_no_workdir(pairs, llama):
+    before = sorted(file.name for file in llama.iterdir())
+    with pytest.raises(ValueError, match="holds a Hugging Face model, not a run; take another --workdir"):
+        run(from_hf(pairs, llama), llama)
+    assert sorted(file.name for file in llama.iterdir()) == before
+
+
 def test_a_run_takes_sizes_tokenizer_and_weights_from_the_model(dpo, llama, tmp_path):
     settings, workdir, metrics = dpo
     loaded = load_run(str(workdir))
@@ -168,7 +175,7 @@ def test_a_run_of_no_model_of_hugging_faces_is_exported_with_what_it_knows(dpo, 
             r"config.model.vocab_size = 21: the tokenizer has 22 ids, and each needs",
         ),
         ({"init_from": "llama@best"}, "a Hugging Face model has no checkpoints; leave @best out"),
-        ({"init_from": "org/name"}, "neither a stage nor .* nor the directory of a Hugging Face model"),
+        ({"init_from": "org/name"}, "neither a stage nor .* nor the directory of a Hugging Face model .* `hf download"),
     ],
 )
 def test_a_start_that_does_not_fit_is_refused(sections, message, pairs, llama, tmp_path):

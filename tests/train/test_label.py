@@ -111,6 +111,14 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_file(judges, sft, 
     assert len({json.dumps(row["responses"]) for row in rows}) == 5  # every batch has draws of its own
 
 
+def test_a_scorer_that_failed_at_once_can_be_mended(judges, capsys, monkeypatch):
+    monkeypatch.chdir(judges)
+    given = write(judges / "given.jsonl", GIVEN)
+    with pytest.raises(ValueError, match="the score of response 1"):
+        label(given, judges / "out.jsonl", scorer="judges:vague")
+    assert label(given, judges / "out.jsonl", scorer="judges:length")["prompts"] == 3
+
+
 def test_samples_that_no_data_file_may_hold_are_left_out_and_counted(judges, sft, monkeypatch):
     drawn = {"one": ["", " \n", "a\0b"], "two": ["yes", "yes", "no"]}
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from palign.train import metrics
-from palign.train.metrics import FILE, MetricWriter, Reporter, add, read_metrics, to_floats
+from palign.train.metrics import FILE, MetricWriter, Reporter, add, counted, read_metrics, to_floats
 from palign.types import Mean
 
 
@@ -155,3 +155,8 @@ def test_on_a_terminal_there_is_a_bar_with_what_is_left_and_the_rate():
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
     assert "2/4" in plain and "tok/s" in plain and "loss 0.5" in plain
     assert re.search(r"\d+:\d\d:\d\d|-:--:--", plain)
+
+
+def test_counters_are_printed_as_words_and_what_files_and_columns_are_called_as_it_stands():
+    counts = {"blank_lines": 1200, "ignored_column/my_col": 2, "ignored_file/a_b.txt": 1, "skipped/not_json": 3}
+    assert counted(counts) == "1,200 blank lines, 2 ignored column/my_col, 1 ignored file/a_b.txt, 3 skipped/not json"
