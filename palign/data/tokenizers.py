@@ -144,8 +144,10 @@ class SentencePieceTokenizer:
         return self._processor.decode(_checked(ids, self.vocab_size))
 
     def save(self, directory: epath.PathLike) -> None:
-        """Writes `tokenizer.model` into the directory, and what belongs to conversations."""
+        """Writes `tokenizer.model` and `tokenizer_config.json`, and what belongs to conversations."""
         _write(directory, self.FILE, self._model)
+        config = self.special_tokens | {"add_bos_token": self.bos_id is not None}  # transformers adds none by itself
+        _write(directory, CONFIG, json.dumps(config, indent=2).encode())
         _write_chat(directory, self)
 
     def fingerprint(self) -> str:

@@ -188,11 +188,15 @@ def check_tokenizer(place: epath.Path, before: Tokenizer, now: Tokenizer) -> Non
         ValueError: it has another one, or another chat template.
     """
     known, given = identity(before), identity(now)
-    what = {"model": "tokenizer.path", "eos_ids": "tokenizer.path", "chat_template": "tokenizer.chat_template"}
-    for name, key in what.items():
+    what = {
+        "model": ("tokenizer", "tokenizer.path"),
+        "eos_ids": ("set of tokens that end a response", "tokenizer.path"),
+        "chat_template": ("chat template", "tokenizer.chat_template"),
+    }
+    for name, (shown, key) in what.items():
         if known[name] != given[name]:
             raise ValueError(
-                f"config.{key}: {place} was prepared with another {name.replace('_', ' ')} than this run uses, its own "
+                f"config.{key}: {place} was prepared with another {shown} than this run uses, its own "
                 "or that of the model that it starts from; name the same, or prepare the data again"
             )
 

@@ -53,6 +53,13 @@ def test_a_saved_tokenizer_loads_from_its_directory_its_run_and_its_file(tokeniz
         assert [loaded.bos_id, loaded.eos_id, loaded.pad_id] == [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
 
 
+def test_a_saved_sentencepiece_model_tells_transformers_to_put_bos_before_a_text(tmp_path):
+    trained = train_sentencepiece(TEXTS[1:3], vocab_size=330)
+    trained.save(tmp_path)
+    said = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert said["add_bos_token"] is True and (said["bos_token"], said["eos_token"]) == ("<s>", "</s>")
+
+
 @pytest.mark.parametrize("model_type", ["bpe", "unigram", "word"])
 def test_training_twice_gives_the_same_model(model_type):
     one, other = (train_sentencepiece(TEXTS[1:3], vocab_size=330, model_type=model_type) for _ in range(2))
