@@ -10,6 +10,7 @@ import argparse
 import functools
 import hashlib
 import math
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from benchmarks.worker import Done, serve
 from palign.config.schema import ModelConfig, OptimizerConfig
 from palign.data.pack import pack_row, row_shape, stack_rows, tree_tokens
 from palign.data.tokenize import TokenTree
+from palign.models.protocol import LanguageModel
 from palign.models.transformer import Transformer, TreeContext, make_language_model
 from palign.objectives.compose import make_objective
 from palign.sharding.mesh import make_mesh, to_global
@@ -27,7 +29,7 @@ from palign.train.metrics import to_floats
 from palign.train.optimizer import make_optimizer
 from palign.train.state import init_state, state_shardings
 from palign.train.step import make_train_step
-from palign.types import Batch
+from palign.types import Batch, Mean
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 BATCHES = 4  # different ones
@@ -88,7 +90,7 @@ def pack(flags: argparse.Namespace, trees: list[TokenTree]) -> Batch:
     return batch._replace(reference_logps=uniform)
 
 
-def make_model(flags: argparse.Namespace):
+def make_model(flags: argparse.Namespace) -> LanguageModel:
     """The language model; where prompts are repeated as others do, with its attention replaced."""
     config = model_of(flags)
     lm = make_language_model(config)
@@ -113,29 +115,38 @@ def attend_copies(length, q, k, v, window, cache, context, *, scale, softcap):
     return jnp.einsum("rhqk,rkhd->rqhd", weights, v).reshape(shape), None
 
 
-def main() -> None:
-    flags = parse()
+def make_step(flags: argparse.Namespace) -> tuple[Callable[[int], dict[str, Mean]], str]:
+    """What takes step i and returns its metrics when they are there; a digest of the weights that it starts from."""
     lm, mesh, tx = make_model(flags), make_mesh(data=1, devices=jax.devices()[:1]), OPTIMIZERS[flags.optimizer]()
     objective = make_objective(lm, [flags.method], hyper={"beta": 0.1}, cached_reference=True)
     step = make_train_step(objective, tx, mesh, state_shardings(mesh, lm, tx), {})
     state = init_state(mesh, lm, tx, seed=0)
-    trees = [draw_trees(flags, which) for which in range(BATCHES)]
-    batches = [to_global(mesh, jax.tree.map(lambda x: x[None], pack(flags, each))) for each in trees]
+    packed = [pack(flags, draw_trees(flags, which)) for which in range(BATCHES)]
+    batches = [to_global(mesh, jax.tree.map(lambda x: x[None], batch)) for batch in packed]
+
+    def take(index: int) -> dict[str, Mean]:
+        nonlocal state
+        state, metrics = jax.block_until_ready(step(state, {}, batches[index % BATCHES]))
+        return metrics
+
+    return take, digest(map(np.asarray, jax.tree.leaves(state.params)))
+
+
+def main() -> None:
+    flags = parse()
+    step, weights = make_step(flags)
 
     def take(index: int) -> Done:
-        nonlocal state
-        which = index % BATCHES
-        state, metrics = jax.block_until_ready(step(state, {}, batches[which]))
-        values = to_floats(metrics)
-        work = {"lists": len(trees[which]), "slots": batches[which].token.size}
-        same = {"ids": digest(leaf for tree in trees[which] for leaf in (tree.prompt, *tree.responses))}
-        return Done({name: values[name] for name in ("loss", "grad_norm")}, work, same | {"weights": weights})
+        values = to_floats(step(index))
+        trees = draw_trees(flags, index % BATCHES)
+        ids = digest(part for tree in trees for part in (tree.prompt, *tree.responses))
+        work = {"lists": len(trees)}
+        return Done({name: values[name] for name in ("loss", "grad_norm")}, work, {"ids": ids, "weights": weights})
 
-    weights = digest(map(np.asarray, jax.tree.leaves(state.params)))
     serve(take, packages=PACKAGES, same={}, device=jax.devices()[0].device_kind)
 
 
-def digest(arrays) -> str:
+def digest(arrays: Iterable[np.ndarray]) -> str:
     found = hashlib.sha256()
     for array in arrays:
         found.update(array.tobytes())
