@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+from matplotlib.ticker import LogLocator
 
 from benchmarks import driver, single
 from benchmarks.contestants import equal_trees
@@ -260,12 +261,14 @@ def picture(name: str, x: Sequence[float], series: Mapping[str, Any], x_label: s
     palette = colours(list(series))
     with matplotlib.rc_context(STYLE):
         figure = new_figure(4.2, 2.9 + 0.22 * len(series))
-        axes = figure.add_axes((0.16, 0.5 / figure.get_figheight(), 0.81, 2.3 / figure.get_figheight()))
+        axes = figure.add_axes((0.2, 0.5 / figure.get_figheight(), 0.77, 2.3 / figure.get_figheight()))
         for i, (label, y) in enumerate(series.items()):
             axes.plot(x, y, color=palette[label], marker="o", markersize=4, linestyle="--" if i else "-", label=label)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(list(x), [f"{value:,}" for value in x])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label, color=MUTED)

@@ -10,7 +10,7 @@ the whole distribution at temperature 1 after it, as on-policy methods do. palig
 
 from benchmarks import cases
 from benchmarks.contestants.prompts import draw_prompts
-from benchmarks.driver import Goal, Race, contestant, parse, run
+from benchmarks.driver import SECONDS, Goal, Race, contestant, parse, run
 
 PROMPTS = 8  # of a batch
 SAMPLES = (1, 4, 8)
@@ -27,7 +27,7 @@ def races(flags, case) -> list[Race]:
             contestant("palign", "sample_palign", *arguments),
             contestant("transformers", "sample_transformers", *arguments, python=flags.peers_python),
         )
-        goal = Goal("sampling", "cpu", ("transformers",), "palign", at_least=1.0)
+        goal = Goal("sampling", SECONDS, ("transformers",), "palign", at_least=1.0)
         compared = 1 if TEMPERATURES[how] else None
         title = f"{how}, K {samples}, {new_tokens} new tokens"
         return Race(title, sides, flags.rounds, (goal,), unit="tokens", compared=compared, tolerances={})
