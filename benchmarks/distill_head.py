@@ -37,7 +37,7 @@ def race(vocabulary: int, flags: Any) -> Race:
     sides.append(contestant(TORCH, "distill_torch", *shared, python=flags.peers_python))
     goals = (
         Goal("C8", SECONDS, (DENSE, TEXTBOOK), FUSED, at_least=1.1),
-        Goal("closed forms without chunks", SECONDS, (DENSE,), FUSED),
+        Goal("closed forms alone", SECONDS, (DENSE,), FUSED),
         Goal("official formulas", SECONDS, (TORCH,), FUSED),
     )
     title = f"V {vocabulary}, {targets} targets, width {width}"

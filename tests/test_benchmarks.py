@@ -9,17 +9,17 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-SHARED = {"driver.py", "worker.py", "cases.py"}
+SHARED = {"driver.py", "worker.py", "cases.py", "single.py"}
 # Question -> goals that need no peers, of which there must be ratios.
 QUESTIONS = {
     "equal_shapes": {"prompt shared", "plain JAX", "peak memory"},
     "realistic": {"plain JAX", "memory"},
+    "lists": {"C5, token ratio", "sharing alone"},
+    "distill_head": {"C8", "closed forms alone"},
+    "sampling": set(),
 }
-RUNS = {
-    "distill_head.py": ["--vocab=300 --targets=64 --plan-targets=128 --width=16 --chunk=32 --rounds=1"],
-    "memory.py": ["--rows=4 --tokens=128"],
-}
-FIGURES = {"distill_head.py": "| dense |", "memory.py": "| `lora.rank=16` |"}
+# Question that is no race -> what its tables show.
+SINGLE = {"growth": "| width of the model | 64, 128 |", "memory": "| `lora.rank=16` |"}
 
 
 def run(*command):
@@ -31,14 +31,15 @@ def run(*command):
 
 
 def test_every_benchmark_is_run_here():
-    questions = {f"{name}.py" for name in QUESTIONS}
-    assert RUNS.keys() | questions == {file.name for file in (ROOT / "benchmarks").glob("*.py")} - SHARED
+    here = {f"{name}.py" for name in QUESTIONS | SINGLE}
+    assert here == {file.name for file in (ROOT / "benchmarks").glob("*.py")} - SHARED
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "flags"), [(name, flags) for name, runs in RUNS.items() for flags in runs])
-def test_a_benchmark_checks_its_sides_and_prints_a_table(name, flags):
-    assert FIGURES[name] in run(str(ROOT / "benchmarks" / name), *flags.split())
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_question_that_is_no_race_prints_tables_and_writes_its_result(name, tmp_path):
+    assert SINGLE[name] in run("-m", f"benchmarks.{name}", "--tiny", "--rounds=1", f"--out={tmp_path}")
+    assert json.loads((tmp_path / f"{name}.json").read_text())["name"] == name
 
 
 @pytest.mark.slow
