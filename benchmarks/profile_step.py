@@ -14,6 +14,7 @@ C10: the step's useful FLOPs in a second, over the rate of the products, should 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import os
@@ -30,9 +31,9 @@ import optax
 from benchmarks import cases, driver, single
 from palign.attention.attend import KERNELS, attend
 from palign.config.schema import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
-from palign.data.loader import Dataset
+from palign.data.loader import Dataset, batches
 from palign.data.pack import row_shape
-from palign.data.plan import plan_evaluation, row_needs
+from palign.data.plan import plan_epochs, plan_evaluation, row_needs
 from palign.data.tokenize import TokenTree
 from palign.heads.target_values import target_logps, token_values
 from palign.models.config import NO_WINDOW, compute_dtype
@@ -89,8 +90,11 @@ def main() -> None:
     rounds[PRODUCTS] = [sum(n * seconds[str(shape)][r] for shape, n in products.items()) for r in range(flags.rounds)]
     all_products = Part(lambda: None, flops=sum(2.0 * np.prod(shape) * n for shape, n in products.items()))
     table, share = tabulate(parts | {MEMORY: raced[MEMORY], PRODUCTS: all_products}, rounds)
+    waited = measure_waits(setup, flags.rounds)
     counted = {name: int(np.sum(found)) for name, found in counts(host).items()}
-    told = f"C10: {share:.0%} of the rate of its matrix products, goal {GOAL:.0%}: {'met' if share >= GOAL else 'missed'}"
+    told = (
+        f"C10: {share:.0%} of the rate of its matrix products, goal {GOAL:.0%}: {'met' if share >= GOAL else 'missed'}"
+    )
     sizes = ", ".join(f"{value:,} {name}" for name, value in counted.items())
     title = f"**A DPO step** ({sizes}; medians of {flags.rounds} rounds; {jax.devices()[0].device_kind})"
     single.write(
@@ -98,12 +102,13 @@ def main() -> None:
         flags,
         cores,
         before,
-        f"{title}\n\n{table}\n\n{told}",
+        f"{title}\n\n{table}\n\n{told}\n\n{describe_waits(waited)}",
         device=jax.devices()[0].device_kind,
         counts=counted,
         seconds=rounds,
         flops={name: part.flops for name, part in parts.items()} | {PRODUCTS: all_products.flops},
         bytes={name: part.bytes for name, part in parts.items()} | {MEMORY: raced[MEMORY].bytes},
+        waits=waited,
         goals=[{"id": "C10", "share": share, "at_least": GOAL, "met": bool(share >= GOAL)}],
     )
 
@@ -203,9 +208,8 @@ def make_runs(setup: Setup, host: Any) -> dict[str, Callable[[], Any]]:
     rows = jax.tree.map(lambda leaf: leaf[0], to_global(setup.mesh, host))
     tokens = (rows.position, rows.group, rows.branch, rows.block_pairs, NO_WINDOW)
     scale, dtype = setup.model.head_width**-0.5, compute_dtype(setup.model)
-    heads = jax.random.normal(
-        jax.random.key(1), (*rows.token.shape, setup.model.num_heads, setup.model.head_width), dtype
-    )
+    shape = (*rows.token.shape, setup.model.num_heads, setup.model.head_width)
+    heads = jax.random.normal(jax.random.key(1), shape, dtype)
 
     def body(params):
         return lm.hidden(params, rows)
@@ -227,7 +231,7 @@ def make_runs(setup: Setup, host: Any) -> dict[str, Callable[[], Any]]:
     head_forward, head_both = in_mesh(jax.jit(head)), in_mesh(both(head))
     reference_forward = in_mesh(jax.jit(reference))
     return {
-        STEP: make_step(setup, host),
+        STEP: functools.partial(make_step(setup), to_global(setup.mesh, host)),
         "reference": lambda: reference_forward(params),
         "body, forward": lambda: body_forward(params),
         "body, forward and backward": lambda: body_both(params),
@@ -265,16 +269,15 @@ def optimizer() -> optax.GradientTransformation:
     return make_optimizer(constant, 1000)
 
 
-def make_step(setup: Setup, host: Any) -> Callable[[], Any]:
+def make_step(setup: Setup) -> Callable[[Any], Any]:
     """The training step, with a live reference, on a state that goes on."""
     objective = make_objective(setup.lm, ["dpo"], hyper={"beta": cases.BETA}, chunk=setup.chunk)
     tx = optimizer()
     shardings = state_shardings(setup.mesh, setup.lm, tx)
     step = make_train_step(objective, tx, setup.mesh, shardings, {REFERENCE: setup.places})
     state = init_state(setup.mesh, setup.lm, tx, seed=0, params=setup.params)
-    batch = to_global(setup.mesh, host)
 
-    def run():
+    def run(batch):
         nonlocal state
         state, metrics = step(state, {REFERENCE: setup.params}, batch)
         return state, metrics
@@ -300,6 +303,32 @@ def make_update(setup: Setup) -> Callable[[], Any]:
         return params, opt_state, norm
 
     return run
+
+
+def measure_waits(setup: Setup, rounds: int) -> dict[str, list[float]]:
+    """Steps on rows that the loader makes ahead, as a run takes them: wall seconds of each, and before each."""
+    data = setup.data
+    needs = row_needs(data.trees, layout=data.layout, pair_policy=data.pair_policy)
+    plan = plan_epochs(needs, data.shape, rows_per_step=data.plan.rows_per_step, seed=0, max_steps=rounds + DROPPED)
+    found: dict[str, list[float]] = {"waiting for rows": [], "placing them": [], STEP: []}
+    run = make_step(setup)
+    with contextlib.closing(batches(dataclasses.replace(data, plan=plan), start_step=0, micro_batches=1)) as steps:
+        start = time.perf_counter()
+        for _, host in steps:
+            times = [start, time.perf_counter()]
+            batch = to_global(setup.mesh, host)
+            times.append(time.perf_counter())
+            jax.block_until_ready(run(batch))
+            times.append(start := time.perf_counter())
+            for name, begin, end in zip(found, times, times[1:], strict=False):
+                found[name].append(end - begin)
+    return {name: taken[DROPPED:] for name, taken in found.items()}
+
+
+def describe_waits(waited: Mapping[str, list[float]]) -> str:
+    told = ", ".join(f"{1e3 * statistics.median(taken):.2f} ms {name}" for name, taken in waited.items())
+    share = statistics.median(waited["waiting for rows"]) / statistics.median(waited[STEP])
+    return f"On rows made ahead, wall: {told}: {share:.2%} of a step is spent waiting."
 
 
 def list_products(model: ModelConfig, host: Any, chunk: int) -> dict[tuple[int, int, int], float]:
@@ -345,7 +374,7 @@ def add_in_place() -> Part:
 
 
 def race(parts: Mapping[str, Part], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of every part in every round, in alternating order; two rounds come before, one to compile, one with buffers made."""
+    """Seconds of every part in every round, in alternating order. Two rounds come before: compile, and settle."""
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     for i in range(DROPPED + rounds):
         for name in parts if i % 2 else reversed(parts):
@@ -363,7 +392,10 @@ def tabulate(parts: Mapping[str, Part], rounds: Mapping[str, list[float]]) -> tu
         most = getattr(parts[ceiling], amount)
         return statistics.median(getattr(parts[name], amount) / own * other / most for own, other in per_round)
 
-    rows = [f"| part | ms | of the step | useful GFLOP | MB | of {PRODUCTS} | of {MEMORY} |", "|---|---|---|---|---|---|---|"]
+    rows = [
+        f"| part | ms | of the step | useful GFLOP | MB | of {PRODUCTS} | of {MEMORY} |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, part in parts.items():
         taken = statistics.median(rounds[name])
         of_step = statistics.median(own / whole for own, whole in zip(rounds[name], rounds[STEP], strict=True))

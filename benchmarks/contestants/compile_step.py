@@ -1,5 +1,7 @@
-"""Compiles palign's DPO step in round 0, with a persistent cache that may hold it; later rounds take the steps of an
-epoch. The number of programs compiled so far comes with every answer."""
+"""palign's DPO step compiled, with a persistent cache that may hold it, and then taken through an epoch.
+
+Round 0 compiles. The number of programs compiled so far comes with every answer.
+"""
 
 import argparse
 import pathlib
