@@ -3,10 +3,10 @@
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint types notebooks clean
+.PHONY: help install demo test test-slow lint types notebooks bench bench-peers clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  %-11s %s\n", $$1, $$2}'
 
 install: ## make .venv (Python 3.11 or newer) and install palign with everything that tests need
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
@@ -32,6 +32,22 @@ types: ## mypy
 notebooks: ## run the notebooks, shortened
 	PALIGN_SMOKE=1 $(PYTHON) -m pytest --nbmake notebooks --nbmake-timeout=600
 
-clean: ## remove caches and build products; runs/ and .venv/ stay
+# Each answers one question and writes benchmarks/results/NAME.json.
+QUESTIONS = equal_shapes realistic
+# Where pip finds PyTorch without CUDA; empty: where pip looks anyway.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+bench: ## measure speed and memory on the CPU, against plain JAX
+	set -e; for question in $(QUESTIONS); do $(PYTHON) -m benchmarks.$$question; done
+
+bench-peers: .venv-peers/made ## the same, against PyTorch and TRL too, in .venv-peers, which it makes
+	set -e; for question in $(QUESTIONS); do $(PYTHON) -m benchmarks.$$question --peers-python=.venv-peers/bin/python; done
+
+.venv-peers/made:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install $(addprefix --extra-index-url=,$(TORCH_INDEX)) torch 'transformers>=5.23,<6' 'trl==1.16.*'
+	touch $@
+
+clean: ## remove caches and build products; runs/ and virtual environments stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .jax_cache
 	find palign tests configs benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} +

@@ -119,7 +119,7 @@ def parse(description: str, rounds: int, add: Any = lambda parser: None) -> argp
     if flags.peers_python:
         flags.peers_python = os.path.abspath(flags.peers_python)
         if not os.access(flags.peers_python, os.X_OK):
-            refuse(f"--peers-python={flags.peers_python}: no such interpreter; `make .venv-peers` makes one")
+            refuse(f"--peers-python={flags.peers_python}: no such interpreter; `make .venv-peers/made` makes one")
     return flags
 
 

@@ -1,5 +1,6 @@
 """Every benchmark runs, at sizes at which its figures mean nothing."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -9,27 +10,44 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHARED = {"driver.py", "worker.py", "cases.py"}
-SMALL_STEP = (
-    "--steps=1 --passes=1 --tokens=512 --max-length=256 --vocabulary=512 --dim=64 --layers=2 --heads=4 --hidden-dim=128"
-)
+# Question -> goals that need no peers, of which there must be ratios.
+QUESTIONS = {
+    "equal_shapes": {"prompt shared", "plain JAX", "peak memory"},
+    "realistic": {"plain JAX", "memory"},
+}
 RUNS = {
-    "packed_step.py": [SMALL_STEP, f"--cached {SMALL_STEP}"],
     "distill_head.py": ["--vocab=300 --targets=64 --plan-targets=128 --width=16 --chunk=32 --rounds=1"],
     "memory.py": ["--rows=4 --tokens=128"],
 }
-FIGURES = {"packed_step.py": "padded / packed, wall", "distill_head.py": "| dense |", "memory.py": "| `lora.rank=16` |"}
+FIGURES = {"distill_head.py": "| dense |", "memory.py": "| `lora.rank=16` |"}
+
+
+def run(*command):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment.pop("XLA_FLAGS", None)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_every_benchmark_is_run_here():
-    assert RUNS.keys() == FIGURES.keys() == {file.name for file in (ROOT / "benchmarks").glob("*.py")} - SHARED
+    questions = {f"{name}.py" for name in QUESTIONS}
+    assert RUNS.keys() | questions == {file.name for file in (ROOT / "benchmarks").glob("*.py")} - SHARED
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "flags"), [(name, flags) for name, runs in RUNS.items() for flags in runs])
 def test_a_benchmark_checks_its_sides_and_prints_a_table(name, flags):
-    command = [sys.executable, str(ROOT / "benchmarks" / name), *flags.split()]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    environment.pop("XLA_FLAGS", None)
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
-    assert run.returncode == 0, run.stderr
-    assert FIGURES[name] in run.stdout
+    assert FIGURES[name] in run(str(ROOT / "benchmarks" / name), *flags.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_contestants_agree_and_get_their_ratios(name, tmp_path):
+    """With an interpreter in PALIGN_TRANSFORMERS_PYTHON that has TRL, peers take part and no goal is left out."""
+    peers = os.environ.get("PALIGN_TRANSFORMERS_PYTHON")
+    flags = [f"--peers-python={peers}"] if peers else []
+    run("-m", f"benchmarks.{name}", "--tiny", "--rounds=1", f"--out={tmp_path}", *flags)
+    races = json.loads((tmp_path / f"{name}.json").read_text())["races"]
+    found = {goal["id"] for race in races for goal in race["goals"] if goal["ratio"]}
+    assert found >= QUESTIONS[name] and (not peers or all(goal["ratio"] for race in races for goal in race["goals"]))

@@ -1,0 +1,97 @@
+"""Pairs of realistic lengths, end to end: the same pairs for everybody, batched by each as it does, collation included.
+
+    python -m benchmarks.realistic                                      # plain JAX and palign
+    python -m benchmarks.realistic --peers-python=.venv-peers/bin/python --seed=1
+
+Lengths are log-normal (sigma 0.8) around the medians of UltraFeedback (107 / 272 / 239) and HH (119 / 49 / 49); a
+prompt and one response are cut to 1024 tokens together. A round is a set of pairs. TRL and the PyTorch loop take 8 pairs
+a batch, as they come, padded to the longest of the batch; plain JAX takes 4, because of its logits, padded further to a
+multiple of 128, each length compiled before; palign packs whole trees into rows of 2048. Round 0 is one batch for
+everybody, and loss and gradient norm are compared there; later everybody has batches of its own.
+"""
+
+import contextlib
+from typing import NamedTuple
+
+from benchmarks import cases, driver
+from benchmarks.driver import Contestant, Goal, Race, contestant
+
+TRL, EAGER, PLAIN, PALIGN = "TRL", "PyTorch loop", "plain JAX", "palign"
+NAMES = {"uf": "UltraFeedback-like", "hh": "HH-like"}
+
+
+class Sizes(NamedTuple):
+    """Of a round and of palign's batches."""
+
+    pairs: int
+    rows: int
+
+
+# Rows of a step so that all take about as many steps, and so optimizer updates, for a round.
+SIZES = {"uf": Sizes(pairs=16, rows=4), "hh": Sizes(pairs=32, rows=1)}
+TINY = {"uf": Sizes(pairs=4, rows=2), "hh": Sizes(pairs=4, rows=1)}
+SPEED = {"uf": 4.5, "hh": 5.0}  # goal C4: how many times TRL's pairs per second
+PRECOMPUTED = 3.5  # where both compute the reference before
+
+
+def main() -> None:
+    flags = driver.parse(__doc__, rounds=3)
+    geometry = cases.TINY if flags.tiny else cases.Geometry()
+    longest, tokens = (64, 128) if flags.tiny else (1024, 2048)
+    with contextlib.ExitStack() as stack:
+        races = []
+        for lengths, sizes in (TINY if flags.tiny else SIZES).items():
+            drawn = cases.realistic(
+                lengths,
+                sizes.pairs,
+                longest=longest,
+                first=tokens,
+                vocabulary=geometry.vocabulary,
+                rounds=flags.rounds + 1,
+                seed=flags.seed,
+            )
+            case = stack.enter_context(cases.written(geometry, drawn))
+            races += races_of(lengths, f"--case={case}", tokens, sizes, flags)
+        driver.run("realistic", races, flags)
+
+
+def races_of(lengths: str, case: str, tokens: int, sizes: Sizes, flags) -> list[Race]:
+    """Three races, so that not everybody's memory is taken at once."""
+
+    def peer(name: str, module: str, *more: str) -> Contestant:
+        return contestant(name, module, case, "--batch=8", *more, python=flags.peers_python)
+
+    def palign(*more: str) -> Contestant:
+        return contestant(PALIGN, "palign_step", case, f"--tokens={tokens}", f"--rows={sizes.rows}", *more)
+
+    def race(title: str, *entered: Contestant, goals: tuple[Goal, ...]) -> Race:
+        return Race(f"{NAMES[lengths]}, {title}", entered, flags.rounds, goals, compared=1)
+
+    live = race(
+        "the reference computed in every step",
+        peer(TRL, "trl_trainer"),
+        peer(EAGER, "torch_loop"),
+        palign(),
+        goals=(
+            Goal("C4", "cpu", (TRL,), PALIGN, at_least=SPEED[lengths]),
+            Goal("PyTorch", "cpu", (EAGER,), PALIGN),
+            Goal("memory", "peak", (PALIGN,), TRL),
+        ),
+    )
+    cached = race(
+        "the reference computed before",
+        peer(TRL, "trl_trainer", "--reference=cached"),
+        palign("--reference=cached"),
+        goals=(Goal("C4, precomputed", "cpu", (TRL,), PALIGN, at_least=PRECOMPUTED),),
+    )
+    plain = race(
+        "against plain JAX",
+        contestant(PLAIN, "plain_jax", case, "--batch=4", "--multiple=128"),
+        palign(),
+        goals=(Goal("plain JAX", "cpu", (PLAIN,), PALIGN), Goal("memory", "peak", (PALIGN,), PLAIN)),
+    )
+    return [live, cached, plain]
+
+
+if __name__ == "__main__":
+    main()
