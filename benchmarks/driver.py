@@ -35,10 +35,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ABSOLUTE, RELATIVE = "absolute", "relative"
 TOLERANCES = {"loss": (ABSOLUTE, 1e-4), "grad_norm": (RELATIVE, 1e-3)}
-CLOCKS = ("cpu", "wall")
+SECONDS, MEMORY = "seconds", "memory"
 PEAKS = ("peak", "device_peak")
 LONGEST_STEP = 1800  # seconds after which a worker counts as hung
 LAST_LINES = 5
+Answers = Mapping[str, Mapping[str, Any]]  # contestant -> what its worker said
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Goal:
 
     Attributes:
         id: its name in the table of goals.
-        measure: "cpu" or "wall" seconds for a unit of work, or "peak" or "device_peak" bytes.
+        measure: SECONDS for a unit of work, of the CPU where contestants compute there, else of the wall; MEMORY, the
+            process's or the accelerator's peak likewise; or "cpu", "wall", "peak", "device_peak" wherever they compute.
         over: whose measure is divided; of several, the best one.
         under: by whose measure.
         at_least: the ratio should not be below; None: it is shown and has no bound.
@@ -124,14 +126,15 @@ def parse(description: str, rounds: int, add: Any = lambda parser: None) -> argp
 
 
 def run(name: str, races: Sequence[Race], flags: argparse.Namespace) -> dict[str, Any]:
-    """Runs races one after another, prints their tables, writes `NAME.json` and returns what it holds.
+    """Runs races one after another, prints each one's tables, writes `NAME.json` and returns what it holds.
 
     Raises:
-        SystemExit: exit code 2: contestants disagree, or one died; nothing is printed or written.
+        SystemExit: exit code 2: contestants disagree, or one died: no table of that race, and nothing is written.
     """
-    cores = choose_cores(flags.cores)
-    before = os.getloadavg()
-    held = [measure(race, cores) for race in races]
+    cores, before, held = choose_cores(flags.cores), os.getloadavg(), []
+    for race in races:
+        held.append(measure(race, cores))
+        print(race_table(held[-1]), flush=True)
     result = {
         "name": name,
         "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
@@ -144,7 +147,7 @@ def run(name: str, races: Sequence[Race], flags: argparse.Namespace) -> dict[str
         "flags": {key: str(value) if isinstance(value, pathlib.Path) else value for key, value in vars(flags).items()},
         "races": held,
     }
-    print(table(result))
+    print(describe_run(result))
     flags.out.mkdir(parents=True, exist_ok=True)
     (flags.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
@@ -153,11 +156,35 @@ def run(name: str, races: Sequence[Race], flags: argparse.Namespace) -> dict[str
 def measure(race: Race, cores: Sequence[int]) -> dict[str, Any]:
     """Runs a race: its contestants' rounds, versions and peaks, and its goals' ratios."""
     entered = [each for each in race.contestants if each.command]
+    hellos, rounds = take_turns(race, entered, cores) if entered else ({}, [])
+    measured = {
+        each.name: {
+            "command": shlex.join(["python", *each.command[1:]]),
+            "versions": hellos[each.name]["versions"],
+            "device": hellos[each.name]["device"],
+            "setup_seconds": hellos[each.name]["seconds"],
+            **{peak: rounds[-1][each.name][peak] for peak in PEAKS},
+            "rounds": [answers[each.name] for answers in rounds],  # the dropped one first
+        }
+        for each in entered
+    }
+    return {
+        "title": race.title,
+        "unit": race.unit,
+        "rounds": race.rounds,
+        "left_out": [each.name for each in race.contestants if not each.command],
+        "contestants": measured,
+        "goals": [asdict(goal) | judge(goal, measured, race.unit) for goal in race.goals],
+    }
+
+
+def take_turns(race: Race, entered: Sequence[Contestant], cores: Sequence[int]) -> tuple[Answers, list[Answers]]:
+    """What the workers say before the first step and after every one, by contestant; refuses where they differ."""
+    rounds: list[Answers] = []
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(start(each, cores)) for each in entered]
         hellos = {worker.name: worker.read() for worker in workers}
         check_same("before the first step", hellos)
-        rounds: list[dict[str, dict[str, Any]]] = []
         for i in range(race.rounds + 1):
             order = workers if i % 2 else workers[::-1]
             answers = {worker.name: worker.step(i) for worker in order}
@@ -166,24 +193,7 @@ def measure(race: Race, cores: Sequence[int]) -> dict[str, Any]:
                 check_same(f"round {i}", rounds[-1])
                 check_alike(f"round {i}", rounds[-1], race.tolerances)
             print(f"{race.title}: round {i} of {race.rounds}{'' if i else ' (dropped)'}", file=sys.stderr, flush=True)
-    measured = {
-        worker.name: {
-            "command": shlex.join(["python", *worker.command[1:]]),
-            "versions": hellos[worker.name]["versions"],
-            "device": hellos[worker.name]["device"],
-            "setup_seconds": hellos[worker.name]["seconds"],
-            **{peak: rounds[-1][worker.name][peak] for peak in PEAKS},
-            "rounds": [each[worker.name] for each in rounds],  # the dropped one first
-        }
-        for worker in workers
-    }
-    return {
-        "title": race.title,
-        "unit": race.unit,
-        "left_out": [each.name for each in race.contestants if not each.command],
-        "contestants": measured,
-        "goals": [asdict(goal) | judge(goal, measured, race.unit) for goal in race.goals],
-    }
+    return hellos, rounds
 
 
 class Worker:
@@ -256,7 +266,7 @@ def choose_cores(number: int) -> list[int]:
     return allowed[-number:]
 
 
-def check_same(when: str, answers: Mapping[str, Mapping[str, Any]]) -> None:
+def check_same(when: str, answers: Answers) -> None:
     """Refuses where contestants name different weights or token ids."""
     (first, expected), *others = answers.items()
     for name, answer in others:
@@ -266,9 +276,7 @@ def check_same(when: str, answers: Mapping[str, Mapping[str, Any]]) -> None:
                 refuse(f"no ratio is printed: {when}: {key} of {first} ({one}) and of {name} ({other}) differ")
 
 
-def check_alike(
-    when: str, answers: Mapping[str, Mapping[str, Any]], tolerances: Mapping[str, tuple[str, float]]
-) -> None:
+def check_alike(when: str, answers: Answers, tolerances: Mapping[str, tuple[str, float]]) -> None:
     """Refuses where contestants found different losses or gradient norms."""
     (first, expected), *others = answers.items()
     for key, (kind, allowed) in tolerances.items():
@@ -293,6 +301,8 @@ def refuse(message: str) -> NoReturn:
 
 def costs(measured: Mapping[str, Any], measure: str, unit: str) -> list[float]:
     """What each round that counts took of a measure, for a unit of work; a peak is one number."""
+    own = ("cpu", "peak") if measured["device"] == "cpu" else ("wall", "device_peak")
+    measure = {SECONDS: own[0], MEMORY: own[1]}.get(measure, measure)
     if measure in PEAKS:
         return [measured[measure]] if measured[measure] else []
     return [each[measure] / each["work"][unit] for each in measured["rounds"][1:]]
@@ -312,24 +322,18 @@ def judge(goal: Goal, measured: Mapping[str, Any], unit: str) -> dict[str, Any]:
     return {"against": against, "ratio": ratio, "met": above and below}
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """The result as Markdown."""
-    lines = [f"`{result['command']}`", "", describe_run(result)]
-    for race in result["races"]:
-        unit = race["unit"]
-        lines += ["", f"**{race['title']}** (medians of {len(race_rounds(race)) - 1} rounds)", ""]
-        lines += [f"| contestant | CPU s | wall s | {unit} | ms of CPU / {unit} | {unit}/s | peak | on the device |"]
-        lines += ["|---|---|---|---|---|---|---|---|"]
-        lines += [row(name, measured, unit) for name, measured in race["contestants"].items()]
-        lines += [f"| {name} | left out: needs `--peers-python` | | | | | | |" for name in race["left_out"]]
-        if race["goals"]:
-            lines += ["", "| goal | ratio | of | min - median - max | bound | met |", "|---|---|---|---|---|---|"]
-            lines += [goal_row(goal) for goal in race["goals"]]
-    return "\n".join(lines)
-
-
-def race_rounds(race: Mapping[str, Any]) -> list[Any]:
-    return next(iter(race["contestants"].values()))["rounds"] if race["contestants"] else [None]
+def race_table(race: Mapping[str, Any]) -> str:
+    """A race's contestants and goals as Markdown."""
+    unit = race["unit"]
+    lines = [f"**{race['title']}** (medians of {race['rounds']} rounds)", ""]
+    lines += [f"| contestant | CPU s | wall s | {unit} | ms of CPU / {unit} | {unit}/s | peak | on the device |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines += [row(name, measured, unit) for name, measured in race["contestants"].items()]
+    lines += [f"| {name} | left out: needs `--peers-python` | | | | | | |" for name in race["left_out"]]
+    if race["goals"]:
+        lines += ["", "| goal | ratio | of | min - median - max | bound | met |", "|---|---|---|---|---|---|"]
+        lines += [goal_row(goal) for goal in race["goals"]]
+    return "\n".join([*lines, ""])
 
 
 def row(name: str, measured: Mapping[str, Any], unit: str) -> str:
@@ -361,6 +365,7 @@ def describe_run(result: Mapping[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     machine, cores = result["machine"], ", ".join(map(str, result["cores"]))
     return (
+        f"`{result['command']}`\n\n"
         f"{machine['processor']}, core {cores} of {machine['cores']}, {machine['memory'] / 2**30:.0f} GiB; load "
         f"{before} before, {after} after; palign {result['commit']}; {packages}; {result['time']}"
     )

@@ -10,7 +10,7 @@ before every response, so all compute the very same; "palign" has it once.
 import functools
 
 from benchmarks import cases, driver
-from benchmarks.driver import Contestant, Goal, Race, contestant
+from benchmarks.driver import MEMORY, SECONDS, Contestant, Goal, Race, contestant
 
 TRL = "TRL"
 EAGER, COMPILED = "PyTorch loop", "PyTorch loop, compiled"
@@ -56,13 +56,13 @@ def contestants(*flags: str, pairs: int, length: int, peers: str | None) -> dict
 
 def live(sides: dict[str, Contestant], rounds: int) -> Race:
     goals = (
-        Goal("C1", "cpu", (TRL,), UNSHARED, at_least=2.2),
-        Goal("C2", "cpu", (EAGER, COMPILED), UNSHARED, at_least=1.15),
-        Goal("prompt shared", "cpu", (TRL,), PALIGN),
-        Goal("prompt shared", "cpu", (EAGER, COMPILED), PALIGN),
-        Goal("prompt shared", "cpu", (UNSHARED,), PALIGN),
-        Goal("plain JAX", "cpu", (PLAIN,), UNSHARED),
-        Goal("peak memory", "peak", (UNSHARED,), PLAIN),
+        Goal("C1", SECONDS, (TRL,), UNSHARED, at_least=2.2),
+        Goal("C2", SECONDS, (EAGER, COMPILED), UNSHARED, at_least=1.15),
+        Goal("prompt shared", SECONDS, (TRL,), PALIGN),
+        Goal("prompt shared", SECONDS, (EAGER, COMPILED), PALIGN),
+        Goal("prompt shared", SECONDS, (UNSHARED,), PALIGN),
+        Goal("plain JAX", SECONDS, (PLAIN,), UNSHARED),
+        Goal("peak memory", MEMORY, (UNSHARED,), PLAIN),
     )
     return Race("2 pairs, the reference computed in every step", tuple(sides.values()), rounds, goals)
 
@@ -70,9 +70,9 @@ def live(sides: dict[str, Contestant], rounds: int) -> Race:
 def cached(sides: dict[str, Contestant], rounds: int) -> Race:
     entered = tuple(sides[name] for name in (TRL, EAGER, UNSHARED, PALIGN))
     goals = (
-        Goal("C3", "cpu", (TRL,), UNSHARED, at_least=2.1),
-        Goal("prompt shared", "cpu", (TRL,), PALIGN),
-        Goal("prompt shared", "cpu", (EAGER,), PALIGN),
+        Goal("C3", SECONDS, (TRL,), UNSHARED, at_least=2.1),
+        Goal("prompt shared", SECONDS, (TRL,), PALIGN),
+        Goal("prompt shared", SECONDS, (EAGER,), PALIGN),
     )
     return Race("2 pairs, the reference computed before", entered, rounds, goals)
 
@@ -80,11 +80,11 @@ def cached(sides: dict[str, Contestant], rounds: int) -> Race:
 def memory(sides: dict[str, Contestant], rounds: int) -> Race:
     entered = tuple(sides[name] for name in (TRL, EAGER, UNSHARED, PALIGN))
     goals = (
-        Goal("C6", "peak", (UNSHARED,), TRL, at_most=0.35),
-        Goal("C6, PyTorch", "peak", (UNSHARED,), EAGER, at_most=0.5),
-        Goal("prompt shared", "peak", (PALIGN,), TRL),
-        Goal("speed", "cpu", (TRL,), UNSHARED),
-        Goal("speed", "cpu", (EAGER,), UNSHARED),
+        Goal("C6", MEMORY, (UNSHARED,), TRL, at_most=0.35),
+        Goal("C6, PyTorch", MEMORY, (UNSHARED,), EAGER, at_most=0.5),
+        Goal("prompt shared", MEMORY, (PALIGN,), TRL),
+        Goal("speed", SECONDS, (TRL,), UNSHARED),
+        Goal("speed", SECONDS, (EAGER,), UNSHARED),
     )
     return Race("8 pairs, for the memory", entered, rounds, goals)
 

@@ -4,17 +4,17 @@
     python -m benchmarks.realistic --peers-python=.venv-peers/bin/python --seed=1
 
 Lengths are log-normal (sigma 0.8) around the medians of UltraFeedback (107 / 272 / 239) and HH (119 / 49 / 49); a
-prompt and one response are cut to 1024 tokens together. A round is a set of pairs. TRL and the PyTorch loop take 8 pairs
-a batch, as they come, padded to the longest of the batch; plain JAX takes 4, because of its logits, padded further to a
-multiple of 128, each length compiled before; palign packs whole trees into rows of 2048. Round 0 is one batch for
-everybody, and loss and gradient norm are compared there; later everybody has batches of its own.
+prompt and one response are cut to 1024 tokens together. A round is a set of pairs. TRL and the PyTorch loop take 8
+pairs a batch, as they come, padded to the longest of the batch; plain JAX takes 4, because of its logits, padded
+further to a multiple of 128, each length compiled before; palign packs whole trees into rows of 2048. Round 0 is one
+batch for everybody, and loss and gradient norm are compared there; later everybody has batches of its own.
 """
 
 import contextlib
 from typing import NamedTuple
 
 from benchmarks import cases, driver
-from benchmarks.driver import Contestant, Goal, Race, contestant
+from benchmarks.driver import MEMORY, SECONDS, Contestant, Goal, Race, contestant
 
 TRL, EAGER, PLAIN, PALIGN = "TRL", "PyTorch loop", "plain JAX", "palign"
 NAMES = {"uf": "UltraFeedback-like", "hh": "HH-like"}
@@ -73,22 +73,22 @@ def races_of(lengths: str, case: str, tokens: int, sizes: Sizes, flags) -> list[
         peer(EAGER, "torch_loop"),
         palign(),
         goals=(
-            Goal("C4", "cpu", (TRL,), PALIGN, at_least=SPEED[lengths]),
-            Goal("PyTorch", "cpu", (EAGER,), PALIGN),
-            Goal("memory", "peak", (PALIGN,), TRL),
+            Goal("C4", SECONDS, (TRL,), PALIGN, at_least=SPEED[lengths]),
+            Goal("PyTorch", SECONDS, (EAGER,), PALIGN),
+            Goal("memory", MEMORY, (PALIGN,), TRL),
         ),
     )
     cached = race(
         "the reference computed before",
         peer(TRL, "trl_trainer", "--reference=cached"),
         palign("--reference=cached"),
-        goals=(Goal("C4, precomputed", "cpu", (TRL,), PALIGN, at_least=PRECOMPUTED),),
+        goals=(Goal("C4, precomputed", SECONDS, (TRL,), PALIGN, at_least=PRECOMPUTED),),
     )
     plain = race(
         "against plain JAX",
         contestant(PLAIN, "plain_jax", case, "--batch=4", "--multiple=128"),
         palign(),
-        goals=(Goal("plain JAX", "cpu", (PLAIN,), PALIGN), Goal("memory", "peak", (PALIGN,), PLAIN)),
+        goals=(Goal("plain JAX", SECONDS, (PLAIN,), PALIGN), Goal("memory", MEMORY, (PALIGN,), PLAIN)),
     )
     return [live, cached, plain]
 

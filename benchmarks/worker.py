@@ -55,7 +55,7 @@ def serve(
         print(json.dumps(message), file=out, flush=True)
 
     versions = {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
-    answer({"versions": versions, "same": dict(same), "device": device})
+    answer({"versions": versions, "device": device, "same": {**same, "device": device}})
     for line in sys.stdin:
         wall, cpu = time.perf_counter(), time.process_time()
         done = step(int(line))

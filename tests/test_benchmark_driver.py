@@ -90,10 +90,19 @@ def test_a_worker_that_dies_is_one_line_with_its_last_words(capsys, tmp_path, di
     assert line.startswith("weak died: ") and line.endswith(expected)
 
 
-def measured(cpu, pairs=1, **peaks):
+def measured(cpu, pairs=1, device="cpu", **peaks):
     """A contestant that took `cpu` seconds in each round."""
     rounds = [{"cpu": x, "wall": 2 * x, "work": {"pairs": pairs}} for x in cpu]
-    return {"rounds": rounds, "peak": None, "device_peak": None, **peaks}
+    return {"rounds": rounds, "device": device, "peak": None, "device_peak": None, **peaks}
+
+
+def test_seconds_and_memory_are_those_of_where_contestants_compute():
+    on_cpu, on_gpu = (
+        measured([9.0, 3.0], peak=7, device_peak=5),
+        measured([9.0, 3.0], device="H100", peak=7, device_peak=5),
+    )
+    assert [driver.costs(on_cpu, measure, "pairs") for measure in ("seconds", "memory", "wall")] == [[3.0], [7], [6.0]]
+    assert [driver.costs(on_gpu, measure, "pairs") for measure in ("seconds", "memory", "cpu")] == [[6.0], [5], [3.0]]
 
 
 def test_ratios_are_of_seconds_per_unit_round_by_round_without_the_first():
@@ -144,7 +153,13 @@ def test_the_result_holds_what_the_figures_depend_on(capsys, tmp_path):
         "| peer | left out: needs `--peers-python`" in table
         and "| C1 | peer / one | cpu | left out | >= 2 | - |" in table
     )
-    assert "| C2 | other / one | peak | " in table and table.endswith("| <= 9 | yes |\n")
+    assert "| C2 | other / one | peak | " in table and "| <= 9 | yes |" in table
+
+
+def test_a_race_of_peers_alone_is_left_out_as_a_whole(capsys, tmp_path):
+    peer = driver.contestant("peer", "none", python=None)
+    (race,) = run(tmp_path, peer, goals=(Goal("C1", "cpu", ("peer",), "peer"),))["races"]
+    assert race["contestants"] == {} and "| peer | left out" in capsys.readouterr().out
 
 
 def test_workers_stand_on_the_cores_that_they_are_given_and_take_turns(tmp_path):
