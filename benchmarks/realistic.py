@@ -35,12 +35,15 @@ PRECOMPUTED = 3.5  # where both compute the reference before
 
 
 def main() -> None:
-    flags = driver.parse(__doc__, rounds=3)
+    flags = driver.parse(
+        __doc__, 3, lambda parser: parser.add_argument("--lengths", choices=SIZES, help="only these; default: all")
+    )
     geometry = cases.TINY if flags.tiny else cases.Geometry()
     longest, tokens = (64, 128) if flags.tiny else (1024, 2048)
     with contextlib.ExitStack() as stack:
         races = []
-        for lengths, sizes in (TINY if flags.tiny else SIZES).items():
+        for lengths in [flags.lengths] if flags.lengths else SIZES:
+            sizes = (TINY if flags.tiny else SIZES)[lengths]
             drawn = cases.realistic(
                 lengths,
                 sizes.pairs,
