@@ -77,7 +77,7 @@ def tabulate(rounds: Sequence[Mapping[str, Mapping[str, float]]], goals: Sequenc
         cells = [f"{statistics.median(each[name][key] for each in rounds):.2f}" for key in keys]
         lines.append(f"| {name} | {' | '.join(cells)} | {goal['at_most']} | {'yes' if goal['met'] else 'no'} |")
     fewest, most = min(epoch["targets"]), max(epoch["targets"])
-    lines += ["", f"{epoch['steps']} steps of {fewest:,} to {most:,} targets: {epoch['compilations']} compilations"]
+    lines += ["", f"C9, {epoch['steps']} steps of {fewest:,} to {most:,} targets: {epoch['compilations']} compilations"]
     return "\n".join(lines)
 
 
