@@ -33,7 +33,7 @@ notebooks: ## run the notebooks, shortened
 	PALIGN_SMOKE=1 $(PYTHON) -m pytest --nbmake notebooks --nbmake-timeout=600
 
 # Each answers one question and writes benchmarks/results/NAME.json.
-QUESTIONS = equal_shapes realistic lists distill_head sampling growth memory
+QUESTIONS = equal_shapes realistic lists distill_head sampling growth memory profile_step compile_time
 # What pip is told to find PyTorch without CUDA, which is gigabytes smaller.
 TORCH ?= --extra-index-url=https://download.pytorch.org/whl/cpu torch
 

@@ -20,6 +20,7 @@ QUESTIONS = {
 }
 # Question that is no race -> what its tables show.
 SINGLE = {"growth": "| width of the model | 64, 128 |", "memory": "| `lora.rank=16` |"}
+ALONE = {"compile_time", "profile_step"}  # questions with a test of their own below
 
 
 def run(*command):
@@ -31,7 +32,7 @@ def run(*command):
 
 
 def test_every_benchmark_is_run_here():
-    here = {f"{name}.py" for name in QUESTIONS | SINGLE}
+    here = {f"{name}.py" for name in (*QUESTIONS, *SINGLE, *ALONE)}
     assert here == {file.name for file in (ROOT / "benchmarks").glob("*.py")} - SHARED
 
 
@@ -52,3 +53,17 @@ def test_contestants_agree_and_get_their_ratios(name, tmp_path):
     races = json.loads((tmp_path / f"{name}.json").read_text())["races"]
     found = {goal["id"] for race in races for goal in race["goals"] if goal["ratio"]}
     assert found >= QUESTIONS[name] and (not peers or all(goal["ratio"] for race in races for goal in race["goals"]))
+
+
+@pytest.mark.slow
+def test_the_profile_says_which_share_of_the_products_rate_a_step_reaches(tmp_path):
+    assert "C10" in run("-m", "benchmarks.profile_step", "--tiny", "--rounds=1", f"--out={tmp_path}")
+    (goal,) = json.loads((tmp_path / "profile_step.json").read_text())["goals"]
+    assert 0 < goal["share"] and goal["met"] == (goal["share"] >= goal["at_least"])
+
+
+@pytest.mark.slow
+def test_an_epoch_of_varied_lengths_compiles_nothing_after_its_first_step(tmp_path):
+    run("-m", "benchmarks.compile_time", "--tiny", "--rounds=1", f"--out={tmp_path}")
+    epoch = json.loads((tmp_path / "compile_time.json").read_text())["epoch"]
+    assert epoch["compilations"] == 0 and len(set(epoch["targets"])) > 1
