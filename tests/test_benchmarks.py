@@ -67,3 +67,32 @@ def test_an_epoch_of_varied_lengths_compiles_nothing_after_its_first_step(tmp_pa
     run("-m", "benchmarks.compile_time", "--tiny", "--rounds=1", f"--out={tmp_path}")
     epoch = json.loads((tmp_path / "compile_time.json").read_text())["epoch"]
     assert epoch["compilations"] == 0 and len(set(epoch["targets"])) > 1
+
+
+# What machines with an accelerator may lack, and what must be there without it.
+MISSING = ("grain", "ml_collections", "tensorflow_datasets", "tensorflow")
+BLOCKED = f"""
+import importlib, importlib.abc, runpy, sys
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {MISSING}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+"""
+GPU_SET = ("profile_step", "realistic", "distill_head", "contestants.palign_step", "contestants.plain_jax")
+STEP = ("losses", "heads.target_values", "heads.weighted_sum", "models.hf", "models.lora", "objectives.compose")
+STEP += ("train.step", "train.optimizer", "train.state", "plan.cost", "generate.sample")
+
+
+def test_the_step_and_the_gpu_set_are_imported_where_data_libraries_are_missing():
+    modules = [f"palign.{name}" for name in STEP] + [f"benchmarks.{name}" for name in GPU_SET]
+    run("-c", f"{BLOCKED}\nfor name in {modules}: importlib.import_module(name)")
+
+
+@pytest.mark.slow
+def test_the_profile_runs_where_data_libraries_are_missing(tmp_path):
+    program = f"{BLOCKED}\nrunpy.run_module('benchmarks.profile_step', run_name='__main__')"
+    run("-c", program, "--tiny", "--rounds=1", f"--out={tmp_path}")
+    assert (tmp_path / "profile_step.json").exists()
