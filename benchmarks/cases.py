@@ -9,12 +9,16 @@ import hashlib
 import itertools
 import json
 import pathlib
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from safetensors.numpy import save_file
+
+from benchmarks import driver
 
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 1e-5, 1.0
 SIGMA = 0.8  # of the logarithm of a length
@@ -33,6 +37,7 @@ class Geometry(NamedTuple):
 
 
 TINY = Geometry(vocabulary=320, width=32, layers=2, heads=2, hidden=64)
+LARGE = Geometry(vocabulary=128256, width=2048, layers=16, heads=16, hidden=7168)  # 1.5 billion parameters
 
 
 class Pair(NamedTuple):
@@ -59,6 +64,34 @@ class Pair(NamedTuple):
 
 
 Rounds = Sequence[Sequence[Pair]]
+
+
+class Scale(NamedTuple):
+    """What a machine is asked to train, and in what it computes; weights and optimizer are float32."""
+
+    geometry: Geometry
+    dtype: str
+
+    @property
+    def tolerances(self) -> dict[str, tuple[str, float]]:
+        """How far apart contestants may be. The same code is held to the float32 ones on a CPU."""
+        loose = {"loss": (driver.ABSOLUTE, 5e-3), "grad_norm": (driver.RELATIVE, 5e-2)}  # bfloat16 has 8 bits
+        return driver.TOLERANCES if self.dtype == "float32" else loose
+
+
+SMALL, BIG = Scale(Geometry(), "float32"), Scale(LARGE, "bfloat16")
+
+
+def choose_scale(*, tiny: bool) -> Scale:
+    """The tiny one, or what this interpreter's devices can do."""
+    return Scale(TINY, "float32") if tiny else BIG if on_gpu() else SMALL
+
+
+def on_gpu() -> bool:
+    """Whether this interpreter's JAX finds a GPU; asked in a process of its own, which gives it back."""
+    program = "import jax; print(jax.default_backend())"
+    asked = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    return asked.stdout.strip() == "gpu"
 
 
 def equal(pairs: int, prompt: int, response: int, *, vocabulary: int, rounds: int, seed: int) -> Rounds:
@@ -100,17 +133,25 @@ def _draw(rng: np.random.Generator, sizes: np.ndarray, vocabulary: int) -> Pair:
 
 
 @contextlib.contextmanager
-def written(geometry: Geometry, rounds: Rounds) -> Iterator[pathlib.Path]:
-    """A case on disk, for as long as a race takes."""
+def written(geometry: Geometry, rounds: Rounds, *, dtype: str = "float32", seed: int = 0) -> Iterator[pathlib.Path]:
+    """A case on disk, for as long as a race takes.
+
+    Args:
+        geometry: of the model.
+        rounds: pairs of every round.
+        dtype: what contestants compute in.
+        seed: of the weights.
+    """
     with tempfile.TemporaryDirectory(prefix="palign-case-") as folder:
         directory = pathlib.Path(folder)
-        write_model(directory, geometry)
+        write_model(directory, geometry, seed)
         pairs = list(itertools.chain.from_iterable(rounds))
         np.savez(
             directory / "pairs.npz",
             tokens=np.concatenate([part for pair in pairs for part in pair]),
             sizes=np.array([[part.size for part in pair] for pair in pairs]),
             rounds=np.array([len(each) for each in rounds]),
+            dtype=np.array(dtype),
         )
         yield directory
 
@@ -123,6 +164,12 @@ def read_rounds(case: pathlib.Path) -> list[list[Pair]]:
     pairs = [Pair(*parts[i : i + 3]) for i in range(0, len(parts), 3)]
     ends = np.cumsum(rounds)
     return [pairs[end - n : end] for n, end in zip(rounds, ends, strict=True)]
+
+
+def read_dtype(case: pathlib.Path) -> str:
+    """What to compute in: float32 or bfloat16."""
+    with np.load(case / "pairs.npz") as file:
+        return str(file["dtype"])
 
 
 def work(pairs: Sequence[Pair]) -> dict[str, float]:
