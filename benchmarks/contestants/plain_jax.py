@@ -24,7 +24,7 @@ def rms_norm(x, scale):
 
 def rotate(x, angles):
     """Rotary positions: `x [B, S, H, E]`, `angles [S, E/2]`."""
-    cos, sin = (f(angles)[None, :, None] for f in (jnp.cos, jnp.sin))
+    cos, sin = (f(angles)[None, :, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
@@ -48,6 +48,7 @@ def sequence_logps(params, batch: Padded, config):
     """Log-probability of each response, `[B]` nats."""
     heads, S = config["num_attention_heads"], batch.token.shape[1]
     width = config["hidden_size"] // heads
+    params = jax.tree.map(lambda leaf: leaf.astype(config["compute_dtype"]), params)
     frequency = config["rope_theta"] ** (-jnp.arange(0, width, 2) / width)
     angles = jnp.arange(S)[:, None] * frequency
     x = params["model.embed_tokens.weight"][batch.token]
@@ -57,6 +58,7 @@ def sequence_logps(params, batch: Padded, config):
         x = x + attention(rms_norm(x, layer["input_layernorm.weight"]), layer, angles, heads)
         x = x + mlp(rms_norm(x, layer["post_attention_layernorm.weight"]), layer)
     logits = rms_norm(x, params["model.norm.weight"]) @ params["lm_head.weight"].T
+    logits = logits.astype(jnp.float32)
     logps = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), batch.token[:, 1:, None], axis=-1)[..., 0]
     return jnp.sum(logps * batch.response[:, 1:], axis=1)
 
@@ -68,7 +70,8 @@ def dpo(params, reference, batch, config):
     return -jnp.mean(jax.nn.log_sigmoid(cases.BETA * (chosen - rejected)))
 
 
-def make_step(config):
+def make_step(config, dtype="float32"):
+    config = config | {"compute_dtype": dtype}
     tx = optax.chain(optax.clip_by_global_norm(cases.MAX_GRAD_NORM), optax.adamw(cases.LEARNING_RATE, weight_decay=0.0))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -89,7 +92,7 @@ def main() -> None:
     config = json.loads((flags.case / "config.json").read_text())
     params = jax.tree.map(jnp.asarray, load_file(flags.case / "model.safetensors"))
     reference = jax.tree.map(jnp.copy, params)  # the step gives its parameters away
-    init, step = make_step(config)
+    init, step = make_step(config, cases.read_dtype(flags.case))
     opt_state = init(params)
     rounds = cases.read_rounds(flags.case)
 

@@ -1,6 +1,7 @@
 """A careful plain PyTorch loop: transformers' Llama, SDPA, logits at response tokens only, the fused AdamW.
 
 --compile             model, head and loss under `torch.compile`
+--checkpointing       each layer computed again in the backward, to save memory
 --reference=cached    the reference's log-probabilities are computed once, before
 """
 
@@ -59,16 +60,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, required=True, help="pairs of a step")
     parser.add_argument("--reference", choices=("live", "cached"), default="live")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--checkpointing", action="store_true")
     flags = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rounds = cases.read_rounds(flags.case)
     model = load(flags.case, device)
     frozen = load(flags.case, device).requires_grad_(False)
+    if flags.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    mixed = torch.autocast(device, torch.bfloat16, enabled=cases.read_dtype(flags.case) == "bfloat16")
     loss_of, logps_of = (torch.compile(f) if flags.compile else f for f in (dpo, sequence_logps))
     optimizer = torch.optim.AdamW(model.parameters(), lr=cases.LEARNING_RATE, weight_decay=0.0, fused=True)
 
     def reference_of(inputs: Inputs) -> torch.Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), mixed:
             return logps_of(frozen, inputs)
 
     cached: dict[tuple[int, int], torch.Tensor] = {}
@@ -84,7 +90,8 @@ def main() -> None:
             inputs = collate(pairs[first : first + flags.batch], device)
             slots += inputs.token.numel()
             reference = cached[index, first] if cached else reference_of(inputs)
-            loss = loss_of(model, inputs, reference)
+            with mixed:
+                loss = loss_of(model, inputs, reference)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cases.MAX_GRAD_NORM)
             optimizer.step()

@@ -46,8 +46,8 @@ def make_trainer(flags: argparse.Namespace, output: str) -> DPOTrainer:
         max_length=None,
         per_device_train_batch_size=flags.batch,
         precompute_ref_log_probs=flags.reference == "cached",
-        gradient_checkpointing=False,
-        bf16=False,
+        gradient_checkpointing=flags.checkpointing,
+        bf16=cases.read_dtype(flags.case) == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
         model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
         report_to="none",
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--case", type=pathlib.Path, required=True)
     parser.add_argument("--batch", type=int, required=True, help="pairs of a step")
     parser.add_argument("--reference", choices=("live", "cached"), default="live")
+    parser.add_argument("--checkpointing", action="store_true", help="to save memory")
     flags = parser.parse_args()
     rounds = cases.read_rounds(flags.case)
     starts = [0, *itertools.accumulate(len(pairs) for pairs in rounds)]
