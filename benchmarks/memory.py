@@ -1,23 +1,36 @@
 """What each memory setting saves: the DPO step compiled, nothing run, its memory read from the compiled program.
 
-    python benchmarks/memory.py                               # for this machine's processor
-    python benchmarks/memory.py --topology=v5e:2x2            # for TPU chips, with libtpu but without a TPU
+    python -m benchmarks.memory                               # for this machine's processor
+    python -m benchmarks.memory --topology=v5e:2x2            # for TPU chips, with libtpu but without a TPU
 
 Each line is the first line with one setting changed. State: parameters, optimizer, models that follow. Frozen: the
 reference, or the base under LoRA factors. Temporary: everything that lives within a step. MiB of one device.
+
+C7: temporaries of the step on 8 pairs of 2 x 512 tokens (width 256, 4 layers, a live reference), of the plain JAX
+contestant, of palign with the prompt before every response, and of palign with the prompt once.
 """
 
 import argparse
 import dataclasses
+import json
 import os
+import pathlib
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
+from safetensors.numpy import load_file
 
+from benchmarks import cases, driver, single
+from benchmarks.contestants import plain_jax
+from benchmarks.contestants.padded import pad
 from palign.config.schema import LoraConfig, ModelConfig, OptimizerConfig
 from palign.data.pack import pack_row, row_shape, stack_rows
+from palign.models.hf import describe
 from palign.models.lora import add_lora
 from palign.models.transformer import make_language_model
 from palign.objectives.base import REFERENCE
@@ -39,6 +52,10 @@ TPU = {
 MODEL = ModelConfig(
     vocab_size=32000, num_layers=12, dim=768, num_heads=12, num_key_heads=12, hidden_dim=2048, tie_embedding=False
 )
+MEBI = 2**20
+PAIRS = 8
+PLAIN, UNSHARED, PACKED = "plain JAX", "palign, unshared", "palign"
+AIM = 12.0  # C7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,14 +129,8 @@ def on_one_device(tree: Any) -> float:
     return sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves) / 2**20
 
 
-def main() -> None:
-    """Compiles every setting and prints its line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", default="", help="TPU chips, for instance v5e:2x2; default: one CPU device")
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=2048)
-    flags = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")
+def measure_settings(flags: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Compiles the step of every setting; MiB by setting."""
     devices, dtype = jax.devices()[:1], "float32"
     if flags.topology:
         from jax.experimental import topologies
@@ -129,14 +140,71 @@ def main() -> None:
         devices, dtype = list(topology.devices), "bfloat16"
     mesh = make_mesh(data=1, fsdp=-1, devices=devices)
     model = dataclasses.replace(MODEL, dtype=dtype)
-    print(
-        f"{len(devices)} x {devices[0].device_kind}, {flags.rows} rows of {flags.tokens} tokens, computing in {dtype}"
-    )
-    print("| setting | state | frozen | temporary |\n|---|---|---|---|")
+    found = {}
     for name, setting in SETTINGS.items():
         compiled, state, aux = compile_step(setting, model, mesh, flags.rows, flags.tokens)
-        temporary = compiled.memory_analysis().temp_size_in_bytes / 2**20
-        print(f"| `{name}` | {on_one_device(state):,.0f} | {on_one_device(aux):,.0f} | {temporary:,.0f} |", flush=True)
+        temporary = compiled.memory_analysis().temp_size_in_bytes / MEBI
+        found[name] = {"state": on_one_device(state), "frozen": on_one_device(aux), "temporary": temporary}
+        print(f"{name}: compiled", file=sys.stderr, flush=True)
+    return found
+
+
+def measure_pairs(flags: argparse.Namespace) -> list[dict[str, float]]:
+    """MiB of temporaries of a step on 8 pairs of 2 x 512 tokens, by vocabulary."""
+    length = 32 if flags.tiny else 256  # of a prompt, and of a response
+    geometries = [cases.TINY] if flags.tiny else [cases.Geometry(vocabulary=size) for size in (32000, 128000)]
+    mesh, found = make_mesh(data=1, devices=jax.devices()[:1]), []
+    for geometry in geometries:
+        pairs = cases.equal(PAIRS, length, length, vocabulary=geometry.vocabulary, rounds=1, seed=flags.seed)
+        with cases.written(geometry, pairs) as case:
+            plain = compile_plain(case, pairs[0]).memory_analysis().temp_size_in_bytes / MEBI
+            model = describe(epath.Path(case)).model
+        row: dict[str, float] = {"vocabulary": geometry.vocabulary, PLAIN: plain}
+        for name, copies in ((UNSHARED, 4), (PACKED, 3)):
+            tokens = -(-copies * length // 128) * 128
+            compiled = compile_step(Setting(), model, mesh, PAIRS, tokens)[0]
+            row[name] = compiled.memory_analysis().temp_size_in_bytes / MEBI
+        found.append(row)
+    return found
+
+
+def compile_plain(case: pathlib.Path, pairs: Sequence[cases.Pair]) -> Any:
+    """The plain JAX contestant's step on these pairs, not run."""
+    init, step = plain_jax.make_step(json.loads((case / "config.json").read_text()))
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), load_file(case / "model.safetensors"))
+    return step.lower(params, jax.eval_shape(init, params), params, pad(pairs)).compile()
+
+
+def tables(settings: dict[str, dict[str, float]], pairs: list[dict[str, float]]) -> str:
+    """Both as Markdown."""
+    lines = ["| setting | state | frozen | temporary |", "|---|---|---|---|"]
+    lines += [f"| `{name}` | {' | '.join(f'{x:,.0f}' for x in row.values())} |" for name, row in settings.items()]
+    if pairs:
+        names = (PLAIN, UNSHARED, PACKED)
+        lines += ["", f"| V | {' | '.join(names)} | plain JAX / unshared, C7 |", "|---|---|---|---|---|"]
+    for row in pairs:
+        sizes = " | ".join(f"{row[name]:,.0f}" for name in names)
+        lines.append(
+            f"| {row['vocabulary']:,} | {sizes} | {row[PLAIN] / row[UNSHARED]:.1f}, at least {AIM:g} at 128,000 |"
+        )
+    return "\n".join(lines)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--topology", default="", help="TPU chips, for instance v5e:2x2; default: one CPU device")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=2048)
+
+
+def main() -> None:
+    """Compiles every setting and both sides of the comparison."""
+    flags = driver.parse(__doc__, rounds=1, add=add_flags)
+    before = os.getloadavg()
+    jax.config.update("jax_platforms", "cpu")
+    if flags.tiny:
+        flags.rows, flags.tokens = 4, 128
+    settings, pairs = measure_settings(flags), [] if flags.topology else measure_pairs(flags)
+    single.write("memory", flags, [], before, tables(settings, pairs), settings=settings, pairs=pairs)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ import pathlib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
-
-import ml_collections
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from palign.config.renamed import RENAMED, REVALUED
 from palign.config.schema import ObjectiveConfig, Recipe, RunConfig
+
+if TYPE_CHECKING:
+    import ml_collections
 
 T = TypeVar("T")
 
@@ -60,8 +61,10 @@ def load_plain(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return config
 
 
-def ordered(**stages: Any) -> ml_collections.ConfigDict:
+def ordered(**stages: Any) -> "ml_collections.ConfigDict":
     """Stages in the order written; a plain group of a ConfigDict is sorted by name."""
+    import ml_collections  # here, since only config files need it
+
     return ml_collections.ConfigDict(stages, sort_keys=False)
 
 
@@ -108,7 +111,7 @@ def to_plain(config: Any) -> Any:
     return [to_plain(value) for value in config] if isinstance(config, tuple | list) else config
 
 
-def _run_file(path: str) -> ml_collections.ConfigDict:
+def _run_file(path: str) -> "ml_collections.ConfigDict":
     path, _, argument = path.partition(":")
     file = pathlib.Path(path)
     if not file.is_file():

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import grain
 import numpy as np
 
 from palign.data.pack import RowShape, join_targets, pack_row, stack_rows
@@ -125,6 +124,8 @@ def batches(
         )
     if start_step == dataset.num_steps:
         return
+
+    import grain  # here, since making single batches needs none of it
 
     def build(step: int) -> tuple[int, Batch]:
         return int(step), dataset.step_batch(int(step), micro_batches=micro_batches, rows=rows)

@@ -28,7 +28,7 @@ class TokenValues(NamedTuple):
 
     logps: Array  # [R, M] log-probability of the target, nats
     entropy: Array  # [R, M] of the predicting distribution, nats; no gradient
-    correct: Array  # [R, M] 1 where the target is the most likely token, else 0; no gradient
+    correct: Array  # [R, M] 1 where no token is more likely than the target, else 0; no gradient
 
 
 def target_values(function: Callable, towers: tuple[AnyTower, ...], batch: Batch, *, chunk: int = 256) -> Any:
@@ -68,12 +68,15 @@ def logp_at_targets(token: Array, logits: Array) -> Array:
 
 def values_at_targets(token: Array, logits: Array) -> TokenValues:
     """What `token_values` gives, for one chunk: token `[c]`, logits `[c, V]`."""
-    frozen = jax.lax.stop_gradient(logits)
-    log_p = jax.nn.log_softmax(frozen, axis=-1)
-    p = jnp.exp(log_p)
-    entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
-    correct = (jnp.argmax(frozen, axis=-1) == token).astype(jnp.float32)
-    return TokenValues(logp_at_targets(token, logits), entropy, correct)
+    # One exponential serves all three: passes of their own over the vocabulary took a sixth of the head's time.
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    below = logits - top[:, None]
+    weight = jnp.exp(below)
+    total = jnp.sum(weight, axis=-1)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    mean_below = jnp.sum(jnp.where(weight > 0, weight * below, 0.0), axis=-1) / total
+    entropy, correct = jnp.log(total) - mean_below, (chosen >= top).astype(jnp.float32)
+    return TokenValues(chosen - top - jnp.log(total), *jax.lax.stop_gradient((entropy, correct)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

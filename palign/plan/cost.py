@@ -20,6 +20,7 @@ from palign.plan.step import AbstractStep
 from palign.plan.topology import Chip
 from palign.sharding.rules import HOST
 from palign.train.build import diagnosis_of
+from palign.types import Batch
 
 # config.model.remat -> forwards of the layers' products, and of attention, that the backward repeats
 RECOMPUTED = {"none": (0, 0), "dots": (0, 0), "attention": (1, 0), "full": (1, 1)}
@@ -45,6 +46,20 @@ class Passes(NamedTuple):
     frozen: int
     head_model: int
     head: int
+
+
+class Forward(NamedTuple):
+    """Floating-point operations that one pass through rows asks for.
+
+    Attributes:
+        layers: products of real tokens with the layers' weights.
+        attention: products of queries with the keys that the tree rule shows them, and of the weights with the values.
+        head: products of targets with the unembedding.
+    """
+
+    layers: float
+    attention: float
+    head: float
 
 
 class Work(NamedTuple):
@@ -109,21 +124,37 @@ def passes_of(step: AbstractStep) -> Passes:
     )
 
 
+def forward_of(model: ModelConfig, rows: Batch) -> Forward:
+    """Counts what a forward pass asks for, whatever is padded or recomputed.
+
+    Args:
+        model: the architecture.
+        rows: with any leading axes.
+    """
+    context = rows.position[rows.group > 0] + 1
+    seen = sum(float(np.minimum(context, window).sum()) for window in layer_tables(model).window)
+    return Forward(
+        layers=2.0 * layer_products(model) * context.size,
+        attention=4.0 * model.num_heads * model.head_width * seen,
+        head=2.0 * model.dim * padded_vocabulary(model) * int(np.sum(rows.target_slot > 0)),
+    )
+
+
 def work_of(step: AbstractStep) -> Work:
     """Counts products and bytes of a step on one device."""
     model, row, passes = step.config.model, step.row, passes_of(step)
     rows, cut = step.rows_per_device * step.config.data.micro_batches, _tensor_size(step)
-    targets, kernel = rows * int(np.sum(row.target_slot > 0)), model.dim * padded_vocabulary(model)
-    per_token, head = 2 * layer_products(model), 2 * kernel * targets
-    real, run = per_token * rows * int(np.sum(row.group > 0)), per_token * rows * row.token.size
+    forward, targets = forward_of(model, row), rows * int(np.sum(row.target_slot > 0))
+    run = 2 * layer_products(model) * rows * row.token.size
     last = run * model.hidden_dim * model.dim * model.num_layers / layer_products(model)
-    seen, visited = (rows * 4 * model.num_heads * model.head_width * pairs for pairs in _query_key_pairs(step))
+    visited = rows * 4 * model.num_heads * model.head_width * _visited_pairs(step)
     # The backward of attention forms the scores once more: five products for the forward's two.
     layers = (passes.policy + passes.frozen) * (run + visited) + 0.5 * visited
     again = passes.recomputed * (run - last) + passes.attended * visited
+    asked = passes.model * (forward.layers + forward.attention) + passes.head_model * forward.head
     return Work(
-        model_flops=(passes.model * (real + seen) + passes.head_model * head) / cut,
-        flops=(layers + again + passes.head * head) / cut,
+        model_flops=rows * asked / cut,
+        flops=(layers + again + passes.head * rows * forward.head) / cut,
         memory_bytes=_weights(step, passes) + (_head(step, passes, targets) + _activations(step, passes)) / cut,
     )
 
@@ -134,12 +165,9 @@ def layer_products(model: ModelConfig) -> int:
     return model.num_layers * model.dim * (attention + 3 * model.hidden_dim)
 
 
-def _query_key_pairs(step: AbstractStep) -> tuple[float, float]:
-    """Of a row, over all layers: pairs that the tree rule shows, and those in the blocks that are visited."""
-    row, windows = step.row, layer_tables(step.config.model).window
-    context = row.position[row.group > 0] + 1
-    seen = sum(np.minimum(context, window).sum() for window in windows)
-    return float(seen), float(len(windows) * step.config.data.block**2 * np.sum(row.block_pairs[:, 1] >= 0))
+def _visited_pairs(step: AbstractStep) -> float:
+    """Pairs of a query and a key in the blocks that a row's attention visits, over all layers."""
+    return float(step.config.model.num_layers * step.config.data.block**2 * np.sum(step.row.block_pairs[:, 1] >= 0))
 
 
 def _tensor_size(step: AbstractStep) -> int:

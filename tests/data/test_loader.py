@@ -1,5 +1,6 @@
 """Steps as a pure function of their number, read-ahead, and fingerprints."""
 
+import contextlib
 import dataclasses
 import itertools
 import subprocess
@@ -59,6 +60,21 @@ def test_the_iterator_yields_every_step_in_order_from_any_step(read_ahead):
         got = list(batches(data, start_step=start, micro_batches=2, read_ahead=read_ahead))
         assert [step for step, _ in got] == list(range(start, data.num_steps))
         assert all(same(batch, data.step_batch(step, micro_batches=2)) for step, batch in got)
+
+
+def test_the_rows_of_the_next_steps_are_made_while_a_step_is_taken():
+    made = [threading.Event() for _ in range(3)]
+
+    class Watched(Dataset):
+        def step_batch(self, step, **layout):
+            batch = super().step_batch(step, **layout)
+            if step < len(made):
+                made[step].set()
+            return batch
+
+    with contextlib.closing(batches(Watched(**vars(dataset())), start_step=0, micro_batches=2)) as steps:
+        next(steps)
+        assert all(step.wait(timeout=60) for step in made)  # nobody has asked for steps 1 and 2
 
 
 def test_closing_the_iterator_stops_its_threads():

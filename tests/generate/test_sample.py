@@ -154,6 +154,21 @@ def test_one_seed_gives_one_set_of_samples():
     assert (drawn(seed=1).token != drawn().token).any()
 
 
+def test_prompts_are_read_once_however_many_samples_continue_them_and_nothing_is_compiled_again():
+    lm, params = model()
+    read = []
+
+    def prefill(params, token, *rest, **sizes):
+        read.append(token.shape)
+        return lm.prefill(params, token, *rest, **sizes)
+
+    sample = make_sampler(lm._replace(prefill=prefill), samples=SAMPLES, max_new_tokens=2, eos_ids=(EOS,))
+    token, length = padded()
+    sample(params, token, length, jax.random.key(0))
+    sample(params, token + 1, length - 1, jax.random.key(1))
+    assert read == [token.shape] and sample._cache_size() == 1  # traced once: a batch has a row a prompt
+
+
 def test_the_log_probability_of_a_draw_is_how_often_it_is_drawn():
     token, length = (jnp.repeat(x[:1], 1, axis=0) for x in padded())
     many = jax.device_get(sampler(samples=4000, max_new_tokens=1)(loud_padding(), token, length, jax.random.key(2)))

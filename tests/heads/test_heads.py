@@ -12,7 +12,7 @@ from palign.heads import target_values as target_values_module
 from palign.heads import targets
 from palign.heads import weighted_sum as weighted_sum_module
 from palign.heads.target_values import logp_at_targets, target_logps, target_values, token_values, values_at_targets
-from palign.heads.targets import Tower
+from palign.heads.targets import PADDED_LOGIT, Tower
 from palign.heads.weighted_sum import weighted_sum
 from palign.sharding.mesh import make_mesh, row_sharding
 from palign.types import Unembedding
@@ -166,6 +166,19 @@ def test_token_values_report_entropy_and_hits_without_gradient():
         )
     )(hidden, kernel)
     assert largest_difference(gradients, only_logps) < 1e-6
+
+
+def test_entropy_and_hits_hold_for_peaked_padded_and_level_logits():
+    token, logits = np.array([3, 0, 5, 2]), np.random.default_rng(0).normal(size=(4, 8)) * 300
+    logits[2:] = 7.0  # no token is likelier than another
+    logits[:, 6:] = PADDED_LOGIT
+    found = values_at_targets(jnp.asarray(token), jnp.asarray(logits, jnp.float32))
+    log_p = logits - logits.max(1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
+    np.testing.assert_allclose(found.logps, log_p[range(4), token], rtol=1e-6)
+    np.testing.assert_allclose(found.entropy, -(np.exp(log_p) * log_p).sum(1), atol=1e-6)
+    np.testing.assert_array_equal(found.correct, logits[range(4), token] == logits.max(1))
+    assert found.correct[2:].all()
 
 
 def test_padding_targets_contribute_exactly_nothing():
