@@ -68,15 +68,15 @@ def logp_at_targets(token: Array, logits: Array) -> Array:
 
 def values_at_targets(token: Array, logits: Array) -> TokenValues:
     """What `token_values` gives, for one chunk: token `[c]`, logits `[c, V]`."""
-    # One exponential serves all three: passes of their own over the vocabulary took a sixth of the head's time.
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-    below = logits - top[:, None]
-    weight = jnp.exp(below)
-    total = jnp.sum(weight, axis=-1)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    mean_below = jnp.sum(jnp.where(weight > 0, weight * below, 0.0), axis=-1) / total
-    entropy, correct = jnp.log(total) - mean_below, (chosen >= top).astype(jnp.float32)
-    return TokenValues(chosen - top - jnp.log(total), *jax.lax.stop_gradient((entropy, correct)))
+    # The maximum and the sum are those of `logp_at_targets`, so metrics cost one more pass over the vocabulary. With
+    # that pass in its sum too, the log-probability would no longer be rounded as the reference's is.
+    frozen = jax.lax.stop_gradient(logits)
+    log_p = frozen - jax.nn.logsumexp(frozen, axis=-1, keepdims=True)
+    p = jnp.exp(log_p)
+    entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
+    chosen = jnp.take_along_axis(frozen, token[:, None], axis=-1)[:, 0]
+    correct = (chosen >= jnp.max(frozen, axis=-1)).astype(jnp.float32)
+    return TokenValues(logp_at_targets(token, logits), entropy, correct)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -207,8 +207,7 @@ def test_over_a_tensor_axis_devices_add_up_partial_sums_and_gather_no_activation
     hidden = [c.kind for c in found if c.shape == (ROWS // 4, TOKENS, MODEL.dim)]
     assert hidden == ["all-reduce"] * (2 * 3 + 1 + 5)
     gathered = {kind_of(c.shape) for c in found if c.kind == "all-gather"}
-    most_likely = (2, CHUNK)  # token of each target, in each device's part of the vocabulary
-    assert gathered <= parts_of(MIXED, "layers") | parts_of(MIXED, "embedding") | {most_likely}
+    assert gathered <= parts_of(MIXED, "layers") | parts_of(MIXED, "embedding")
 
 
 def test_over_a_context_axis_devices_gather_keys_and_values_and_no_other_activations():
@@ -218,8 +217,7 @@ def test_over_a_context_axis_devices_gather_keys_and_values_and_no_other_activat
     keys = (ROWS // data, TOKENS, MODEL.num_key_heads // tensor, MODEL.head_width)
     # Keys and values: policy and reference, and for the backward pass of the policy.
     gathered = [kind_of(c.shape) for c in found if c.kind == "all-gather"]
-    most_likely = (2, CHUNK)
-    assert gathered.count(kind_of(keys)) == 2 * 3 and set(gathered) == {kind_of(keys), most_likely}
+    assert gathered.count(kind_of(keys)) == 2 * 3 and set(gathered) == {kind_of(keys)}
     # Their gradients, added up and scattered.
     scattered = [c.shape for c in found if c.kind == "reduce-scatter"]
     assert scattered == [(*local, *keys[2:])] * 2
