@@ -39,6 +39,7 @@ SECONDS, MEMORY = "seconds", "memory"
 PEAKS = ("peak", "device_peak")
 LONGEST_STEP = 1800  # seconds after which a worker counts as hung
 LAST_LINES = 5
+PLACES = ("peers_python", "out")  # flags that say where things are on this machine
 Answers = Mapping[str, Mapping[str, Any]]  # contestant -> what its worker said
 
 
@@ -144,7 +145,7 @@ def run(name: str, races: Sequence[Race], flags: argparse.Namespace) -> dict[str
         "cores": cores,
         "load_before": before,
         "load_after": os.getloadavg(),
-        "flags": {key: str(value) if isinstance(value, pathlib.Path) else value for key, value in vars(flags).items()},
+        "flags": {name: value for name, value in vars(flags).items() if name not in PLACES},
         "races": held,
     }
     print(describe_run(result))
