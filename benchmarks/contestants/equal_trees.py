@@ -70,9 +70,9 @@ def model_of(flags: argparse.Namespace) -> ModelConfig:
 
 
 def draw_trees(flags: argparse.Namespace, which: int) -> list[TokenTree]:
-    """A batch of random tokens; the later a response, the better."""
+    """A batch of random tokens; the later a response, the better, scored from 0 to 1 like LiPO's labels."""
     draw = functools.partial(np.random.default_rng((flags.seed, which)).integers, 0, flags.vocabulary, dtype=np.int32)
-    scores = tuple(map(float, range(flags.responses)))
+    scores = tuple(map(float, np.linspace(0, 1, flags.responses)))
     return [
         TokenTree(draw(size=flags.prompt), tuple(draw(size=flags.response) for _ in scores), scores, i)
         for i in range(flags.rows * flags.trees)
