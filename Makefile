@@ -33,7 +33,9 @@ notebooks: ## run the notebooks, shortened
 	PALIGN_SMOKE=1 $(PYTHON) -m pytest --nbmake notebooks --nbmake-timeout=600
 
 # Each answers one question and writes benchmarks/results/NAME.json; then docs/performance.md is written from these.
-QUESTIONS = equal_shapes realistic lists distill_head sampling growth memory profile_step compile_time
+QUESTIONS = equal_shapes realistic lists distill_head growth memory profile_step compile_time
+# Rounds of `make bench`, so that it is done in half an hour or so; `make bench-peers` takes each question's own number.
+ROUNDS ?= 2
 PEERS = --peers-python=.venv-peers/bin/python
 # On a GPU: the heads of 8 billion parameters, then a model of 1.5 billion. The profile has no peers.
 GPU_QUESTIONS = loss_head large_step realistic
@@ -42,18 +44,18 @@ GPU_PROFILE = $(LARGE) --pairs=8 --row-length=4096 --rows=8 --block=128 --chunk=
 # Temporary memory and speed of AlignDistil's head.
 GPU_DISTILL = --vocabulary 128256 --width=2048 --targets=2048 --chunk=2048
 GPU_OUT = --out=benchmarks/results/gpu
-# What pip is told to find PyTorch without CUDA, which is gigabytes smaller; `TORCH=torch` for one with.
+# What pip is told to find PyTorch without CUDA, which is gigabytes smaller; `TORCH='torch liger-kernel'` on a GPU.
 TORCH ?= --extra-index-url=https://download.pytorch.org/whl/cpu torch
 
 bench: ## measure speed and memory on the CPU, against plain JAX
-	set -e; for question in $(QUESTIONS); do $(PYTHON) -m benchmarks.$$question; done
+	set -e; for question in $(QUESTIONS); do $(PYTHON) -m benchmarks.$$question --rounds=$(ROUNDS); done
 	$(PYTHON) docs/make_performance.py
 
 bench-peers: .venv-peers/made ## the same, against PyTorch and TRL too, in .venv-peers, which it makes
-	set -e; for question in $(QUESTIONS); do $(PYTHON) -m benchmarks.$$question $(PEERS); done
+	set -e; for question in $(QUESTIONS) sampling loss_head; do $(PYTHON) -m benchmarks.$$question $(PEERS); done
 	$(PYTHON) docs/make_performance.py
 
-bench-gpu: .venv-peers/made ## the heads and steps of large models on a GPU; first `make TORCH=torch .venv-peers/made`
+bench-gpu: .venv-peers/made ## the heads and steps of large models on a GPU; first `make TORCH='torch liger-kernel' .venv-peers/made`
 	set -e; for question in $(GPU_QUESTIONS); do $(PYTHON) -m benchmarks.$$question $(PEERS) $(GPU_OUT); done
 	$(PYTHON) -m benchmarks.distill_head $(GPU_DISTILL) $(PEERS) $(GPU_OUT)
 	$(PYTHON) -m benchmarks.profile_step $(GPU_PROFILE) $(GPU_OUT)

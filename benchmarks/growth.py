@@ -14,6 +14,7 @@ The head's memory is read from compiled programs, of which nothing is run: its v
 import argparse
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -132,6 +133,7 @@ def measure(sweep: Sweep, flags: argparse.Namespace) -> dict[str, Any]:
         order = list(enumerate(steps))
         taken = {k: time_step(step, i) for k, step in (order if i % 2 else order[::-1])}
         seconds.append([taken[k] for k in range(len(steps))])
+        print(f"{sweep.label}: round {i} of {flags.rounds}{'' if i else ' (dropped)'}", file=sys.stderr, flush=True)
     seconds = seconds[1:]  # the first compiles
     counted = [count_flops(each) for each in points]
     exponents = sorted(fit_exponent(sweep.values, each) for each in seconds)

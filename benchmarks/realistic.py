@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def races_of(lengths: str, case: str, tokens: int, sizes: Sizes, flags) -> list[Race]:
-    """Three races, so that not everybody's memory is taken at once."""
+    """Three races, so that not everybody's memory is taken at once; the last needs no peers."""
 
     def peer(name: str, module: str, *more: str) -> Contestant:
         return contestant(name, module, case, "--batch=8", *more, python=flags.peers_python)
@@ -97,7 +97,7 @@ def races_of(lengths: str, case: str, tokens: int, sizes: Sizes, flags) -> list[
         palign(),
         goals=(Goal("plain JAX", SECONDS, (PLAIN,), PALIGN), Goal("memory", MEMORY, (PALIGN,), PLAIN)),
     )
-    return [live, cached, plain]
+    return [live, cached, plain] if flags.peers_python else [plain]
 
 
 def on_gpu(lengths: str, case: str, tokens: int, sizes: Sizes, flags) -> list[Race]:
