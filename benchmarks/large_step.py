@@ -3,8 +3,8 @@
     python -m benchmarks.large_step --peers-python=.venv-peers/bin/python
 
 On a GPU: sequences of 2048 tokens, half of them prompt; weights and optimizer in float32; everybody but plain JAX
-computes each layer again in the backward. All of a race are on the device at once. On a CPU the same runs with the small
-model in float32, to be tried. palign has the prompt before every response, which is the very work of the others;
+computes each layer again in the backward. All of a race are on the device at once. On a CPU the same runs with the
+small model in float32, to be tried. palign has the prompt before every response, which is the very work of the others;
 AlignDistil trains on the chosen response of each pair.
 
 `planned_bytes` of palign's rounds is what the compiler says of the step, to be held against the device's peak.
