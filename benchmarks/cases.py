@@ -101,14 +101,17 @@ def equal(pairs: int, prompt: int, response: int, *, vocabulary: int, rounds: in
     return [[_draw(rng, sizes, vocabulary) for _ in range(pairs)] for _ in range(rounds)]
 
 
-def realistic(lengths: str, pairs: int, *, longest: int, first: int, vocabulary: int, rounds: int, seed: int) -> Rounds:
+def realistic(
+    lengths: str, pairs: int, *, longest: int, first: tuple[int, int], vocabulary: int, rounds: int, seed: int
+) -> Rounds:
     """Pairs of log-normal lengths around a data set's medians.
 
     Args:
         lengths: a name in `LENGTHS`.
         pairs: in a round.
         longest: tokens that a prompt and one response are cut to, half of it for the prompt.
-        first: round 0 holds as many pairs as fit in so many tokens, prompts once: one batch for everybody.
+        first: round 0 holds at most so many pairs, and as many as fit in so many tokens, prompts once: what all
+            contestants take as one batch.
         vocabulary: token ids are drawn from it, evenly.
         rounds: with the first one.
         seed: of lengths and tokens.
@@ -122,9 +125,10 @@ def realistic(lengths: str, pairs: int, *, longest: int, first: int, vocabulary:
 
     drawn = [[draw() for _ in range(pairs)] for _ in range(rounds)]
     sums = itertools.accumulate(pair.once for pair in drawn[0])
-    drawn[0] = drawn[0][: sum(total <= first for total in sums)]
+    most, tokens = first
+    drawn[0] = drawn[0][: min(most, sum(total <= tokens for total in sums))]
     if not drawn[0]:
-        raise ValueError(f"first = {first} tokens hold no pair; they must hold {longest} tokens and a response")
+        raise ValueError(f"first = {first} holds no pair; it must hold {longest} tokens and a response")
     return drawn
 
 

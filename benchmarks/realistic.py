@@ -20,6 +20,7 @@ from benchmarks import cases, driver
 from benchmarks.driver import MEMORY, SECONDS, Contestant, Goal, Race, contestant
 
 TRL, EAGER, PLAIN, PALIGN = "TRL", "PyTorch loop", "plain JAX", "palign"
+BATCHES = {TRL: 8, EAGER: 8, PLAIN: 4}  # pairs
 NAMES = {"uf": "UltraFeedback-like", "hh": "HH-like"}
 
 
@@ -51,7 +52,7 @@ def main() -> None:
                 lengths,
                 sizes.pairs,
                 longest=longest,
-                first=tokens,
+                first=(min(BATCHES.values()), tokens),
                 vocabulary=scale.geometry.vocabulary,
                 rounds=flags.rounds + 1,
                 seed=flags.seed,
@@ -66,7 +67,7 @@ def races_of(lengths: str, case: str, tokens: int, sizes: Sizes, flags) -> list[
     """Three races, so that not everybody's memory is taken at once; the last needs no peers."""
 
     def peer(name: str, module: str, *more: str) -> Contestant:
-        return contestant(name, module, case, "--batch=8", *more, python=flags.peers_python)
+        return contestant(name, module, case, f"--batch={BATCHES[name]}", *more, python=flags.peers_python)
 
     def palign(*more: str) -> Contestant:
         return contestant(PALIGN, "palign_step", case, f"--tokens={tokens}", f"--rows={sizes.rows}", *more)
@@ -93,7 +94,7 @@ def races_of(lengths: str, case: str, tokens: int, sizes: Sizes, flags) -> list[
     )
     plain = race(
         "against plain JAX",
-        contestant(PLAIN, "plain_jax", case, "--batch=4", "--multiple=128"),
+        contestant(PLAIN, "plain_jax", case, f"--batch={BATCHES[PLAIN]}", "--multiple=128"),
         palign(),
         goals=(Goal("plain JAX", SECONDS, (PLAIN,), PALIGN), Goal("memory", MEMORY, (PALIGN,), PLAIN)),
     )

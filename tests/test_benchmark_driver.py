@@ -181,16 +181,17 @@ def test_workers_stand_on_the_cores_that_they_are_given_and_take_turns(tmp_path)
 @pytest.mark.parametrize("lengths", cases.LENGTHS)
 def test_lengths_follow_the_seed_and_nothing_else(lengths):
     def sizes(seed):
-        drawn = cases.realistic(lengths, 16, longest=256, first=600, vocabulary=300, rounds=4, seed=seed)
+        drawn = cases.realistic(lengths, 16, longest=256, first=(2, 600), vocabulary=300, rounds=4, seed=seed)
         return [[tuple(part.size for part in pair) for pair in pairs] for pairs in drawn]
 
     assert sizes(3) == sizes(3) and sizes(3) != sizes(4)
     assert [len(pairs) for pairs in sizes(3)[1:]] == [16] * 3 and sum(map(sum, sizes(3)[0])) <= 600
+    assert all(1 <= len(sizes(seed)[0]) <= 2 for seed in range(9))
     assert all(p + max(c, r) <= 256 and p <= 128 for pairs in sizes(3) for p, c, r in pairs)
 
 
 def test_a_case_reads_back_what_was_written():
-    rounds = cases.realistic("hh", 3, longest=64, first=200, vocabulary=300, rounds=3, seed=0)
+    rounds = cases.realistic("hh", 3, longest=64, first=(2, 200), vocabulary=300, rounds=3, seed=0)
     with cases.written(cases.TINY, rounds) as case:
         again = cases.read_rounds(case)
     assert [cases.digest(pairs) for pairs in again] == [cases.digest(pairs) for pairs in rounds]
