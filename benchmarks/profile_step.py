@@ -160,7 +160,7 @@ def make_data(flags: argparse.Namespace) -> Dataset:
     else:
         longest, room = flags.row_length // 2, flags.rows * flags.row_length
         pairs = cases.realistic(
-            flags.lengths, 64, longest=longest, first=room, vocabulary=flags.vocabulary, rounds=2, seed=flags.seed
+            flags.lengths, 64, longest=longest, first=(64, room), vocabulary=flags.vocabulary, rounds=2, seed=flags.seed
         )[1]
     trees = [TokenTree(pair.prompt, (pair.chosen, pair.rejected), (1.0, 0.0), i) for i, pair in enumerate(pairs)]
     shape = row_shape(flags.row_length, responses=2, block=flags.block)

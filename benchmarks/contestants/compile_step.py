@@ -46,12 +46,12 @@ def make_data(flags: argparse.Namespace, vocabulary: int) -> Dataset:
         "uf",
         flags.pairs,
         longest=flags.tokens // 2,
-        first=flags.tokens,
+        first=(flags.pairs, flags.tokens),
         vocabulary=vocabulary,
         rounds=2,
         seed=flags.seed,
     )[1]
-    (trees,), shape = as_trees([pairs]), row_shape(flags.tokens, responses=2)
+    (trees,), shape = as_trees([pairs], "dpo"), row_shape(flags.tokens, responses=2)
     needs = row_needs(trees, layout="packed", pair_policy="best_worst")
     plan = plan_epochs(needs, shape, epochs=1, rows_per_step=flags.rows, seed=flags.seed)
     return Dataset(trees, shape, plan, "best_worst", "packed", flags.seed)
