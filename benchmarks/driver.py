@@ -136,22 +136,34 @@ def run(name: str, races: Sequence[Race], flags: argparse.Namespace) -> dict[str
     for race in races:
         held.append(measure(race, cores))
         print(race_table(held[-1]), flush=True)
-    result = {
-        "name": name,
-        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": find_commit(),
-        "machine": describe_machine(),
-        "cores": cores,
-        "load_before": before,
-        "load_after": os.getloadavg(),
-        "flags": {name: value for name, value in vars(flags).items() if name not in PLACES},
-        "races": held,
-    }
+    result = describe(name, flags, cores, before) | {"races": held}
     print(describe_run(result))
     flags.out.mkdir(parents=True, exist_ok=True)
     (flags.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def describe(name: str, flags: argparse.Namespace, cores: Sequence[int], before: Sequence[float]) -> dict[str, Any]:
+    """What every result begins with: how it was called, on what, and how busy that was before and after.
+
+    Args:
+        name: of the question.
+        flags: what it was called with.
+        cores: that it was pinned to.
+        before: the machine's load averages when it began.
+    """
+    given = [flag for flag in sys.argv[1:] if not flag.startswith("--out")]
+    return {
+        "name": name,
+        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *given]),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": find_commit(),
+        "machine": describe_machine(),
+        "cores": list(cores),
+        "load_before": list(before),
+        "load_after": os.getloadavg(),
+        "flags": {name: value for name, value in vars(flags).items() if name not in PLACES},
+    }
 
 
 def measure(race: Race, cores: Sequence[int]) -> dict[str, Any]:

@@ -1,14 +1,9 @@
 """The result of a question that is no race: one JSON file with the same header, and Markdown tables."""
 
 import argparse
-import datetime
 import importlib.metadata
 import json
-import os
-import pathlib
 import platform
-import shlex
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,17 +26,8 @@ def write(
         measured: the figures.
     """
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    result = {
-        "name": name,
-        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": driver.find_commit(),
-        "machine": driver.describe_machine(),
-        "cores": list(cores),
-        "load_before": list(before),
-        "load_after": os.getloadavg(),
+    result = driver.describe(name, flags, cores, before) | {
         "versions": versions | {"python": platform.python_version()},
-        "flags": {key: str(value) if isinstance(value, pathlib.Path) else value for key, value in vars(flags).items()},
         **measured,
     }
     print(f"`{result['command']}`\n\n{_describe(result)}\n\n{tables}")

@@ -33,6 +33,7 @@ Result = Mapping[str, Any]
 REASONS: dict[str, str] = {
     "C2": "palign repeats layers and logits in the backward to save memory (C6), where the loop keeps them, and XLA's "
     "code between the matrix products takes a large part of the step; which of the two costs how much was not measured",
+    "C9": "the step has some 500 fusions, which XLA compiles one by one; from the second start on the cache has them",
 }
 
 
