@@ -16,11 +16,15 @@ class LayerTables(NamedTuple):
     """What differs between layers, as arrays that the scan over layers carries."""
 
     window: np.ndarray  # [L] int32, how far back a query sees
-    inverse_frequency: np.ndarray  # [L, head_dim / 2] float32, of the rotary embedding
+    rotary: np.ndarray  # [L] int32, which of the model's rotary embeddings
 
 
-def layer_tables(config: ModelConfig) -> LayerTables:
-    """The window and rotary frequencies of every layer; the patterns in the config repeat over the layers."""
+def layer_tables(config: ModelConfig) -> tuple[LayerTables, np.ndarray]:
+    """What differs between layers; the patterns in the config repeat over the layers.
+
+    Returns:
+        The tables, and the inverse frequencies of the model's different rotary embeddings, `[F, head_dim / 2]` float32.
+    """
 
     def of_layer(pattern, layer):
         return pattern[layer % len(pattern)]
@@ -31,7 +35,8 @@ def layer_tables(config: ModelConfig) -> LayerTables:
         base = of_layer(config.rope_bases, layer)
         frequency = base ** (-np.arange(0, config.head_width, 2) / config.head_width)
         frequencies.append(scale_frequencies(frequency, of_layer(config.rope_scalings, layer)))
-    return LayerTables(np.asarray(windows, np.int32), np.asarray(frequencies, np.float32))
+    different, rotary = np.unique(np.asarray(frequencies, np.float32), axis=0, return_inverse=True)
+    return LayerTables(np.asarray(windows, np.int32), rotary.reshape(-1).astype(np.int32)), different
 
 
 def scale_frequencies(frequency: np.ndarray, scaling: RopeScaling) -> np.ndarray:

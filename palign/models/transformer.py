@@ -19,7 +19,7 @@ from palign.attention.attend import attend as attend_blocks
 from palign.attention.block_pairs import list_block_pairs
 from palign.config.schema import ModelConfig
 from palign.models.config import LayerTables, compute_dtype, layer_tables, padded_vocabulary
-from palign.models.layers import Block, RMSNorm
+from palign.models.layers import Block, RMSNorm, make_rotation
 from palign.models.protocol import Cache, LanguageModel, Params
 from palign.models.value_head import add_value_head
 from palign.sharding.mesh import context_size
@@ -114,7 +114,8 @@ class Transformer(nn.Module):
             self.param("unembedding", nn.initializers.normal(0.02), (c.dim, vocabulary), param_dtype)
         x = in_use(in_use(embedding, "vd", self.dtype)[token_RT], "rtd")
         x = x * jnp.asarray(c.embedding_scale, self.dtype)
-        tables = jax.tree.map(jnp.asarray, layer_tables(c))
+        tables, frequencies = layer_tables(c)
+        tables, rotations = jax.tree.map(jnp.asarray, tables), make_rotation(context.position, frequencies)
         block = Block
         if c.remat != "none":
             # The scan is one while loop: XLA cannot merge the recomputation with the forward pass: CSE is no danger.
@@ -124,21 +125,21 @@ class Transformer(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, 0, nn.broadcast),
+                in_axes=(0, 0, nn.broadcast, nn.broadcast),
                 length=c.num_layers,
             )
-            x, kept = layers(c, self.dtype, self.attend, name="layers")(x, tables, cache, context)
+            x, kept = layers(c, self.dtype, self.attend, name="layers")(x, tables, cache, context, rotations)
         else:
-            x, kept = self._unrolled(block, x, tables, cache, context)
+            x, kept = self._unrolled(block, x, tables, cache, context, rotations)
         return RMSNorm(c, name="final_norm")(x), kept
 
-    def _unrolled(self, block, x, tables, cache, context):
+    def _unrolled(self, block, x, tables, cache, context, rotations):
         stacked = self.get_variable("params", "layers")
         layer = block(self.config, self.dtype, self.attend, parent=None)
         kept = []
         for i in range(self.config.num_layers):
             params, table, layer_cache = jax.tree.map(lambda leaf, i=i: leaf[i], (stacked, tables, cache))
-            x, kept_here = layer.apply({"params": params}, x, table, layer_cache, context)
+            x, kept_here = layer.apply({"params": params}, x, table, layer_cache, context, rotations)
             kept.append(kept_here)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
 

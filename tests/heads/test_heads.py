@@ -320,6 +320,21 @@ def test_no_buffer_of_all_logits_is_compiled():
     assert largest_buffer(compile_gradient(summed, R * T)) >= R * T * VOCAB  # what the reader finds if it is there
 
 
+def test_a_frozen_unembedding_costs_no_gradient():
+    """As under LoRA: of four products (logits, logits again, two gradients) one is not made."""
+    hidden, kernels, _ = arrays(1)
+
+    def total(hidden, kernel):
+        return jnp.sum(target_logps(hidden, Unembedding(kernel, None, VOCAB), batch(), chunk=64) ** 2)
+
+    def flops(*which):
+        compiled = jax.jit(jax.grad(total, which)).lower(hidden[0], kernels[0]).compile()
+        return compiled.cost_analysis()["flops"]
+
+    product = 2 * 64 * D * PADDED  # of one trip: how often the loop runs, the compiler does not know
+    assert flops(0, 1) - flops(0) >= product
+
+
 @pytest.mark.parametrize("num_trees", [1, 20])
 def test_the_loops_run_as_often_as_targets_are_listed(monkeypatch, num_trees):
     trips = []

@@ -13,6 +13,7 @@ from palign.data.tokenize import TokenTree
 from palign.heads.target_values import target_logps
 from palign.heads.targets import finish_logits
 from palign.models.config import LayerTables, compute_dtype, layer_tables, padded_vocabulary
+from palign.models.layers import product
 from palign.models.transformer import make_language_model
 from palign.objectives.base import sum_by_slot
 from tests.models import numpy_decoder
@@ -148,7 +149,7 @@ def test_what_is_kept_is_not_computed_again_and_costs_memory():
     """A loop of attention forward, one backward; one more where the forward is taken again."""
     loops, kept = {}, {}
     for remat in ("none", "dots", "attention", "full"):
-        config = config_of(remat=remat, num_layers=4, hidden_dim=64)
+        config = config_of(remat=remat, num_layers=8, hidden_dim=64)
         params = jax.eval_shape(make_language_model(config).init, jax.random.key(0))
         lowered = compile_gradient(config).lower(params, batch())
         loops[remat] = lowered.as_text().count("stablehlo.while")
@@ -267,21 +268,37 @@ def test_decoding_equals_full_recomputation_for_ragged_prompts_and_several_sampl
     assert step._cache_size() == 1
 
 
+@pytest.mark.parametrize("equation", ["rtd,dhe->rthe", "rthe,hed->rtd", "rtd,df->rtf"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_product_is_einsum_in_value_and_gradient(equation, dtype):
+    sizes, rng = dict(r=2, t=3, d=4, h=5, e=6, f=7), np.random.default_rng(0)
+    x, kernel, cotangent = (
+        jnp.asarray(rng.normal(size=[sizes[letter] for letter in letters]), dtype)
+        for letters in equation.replace("->", ",").split(",")
+    )
+    value, pull = jax.vjp(functools.partial(product, equation), x, kernel)
+    wanted, pull_wanted = jax.vjp(functools.partial(jnp.einsum, equation), x, kernel)
+    for got, expected in zip((value, *pull(cotangent)), (wanted, *pull_wanted(cotangent)), strict=True):
+        assert got.shape == expected.shape and got.dtype == expected.dtype
+        got, expected = (np.asarray(array.astype(jnp.float32)) for array in (got, expected))
+        assert np.abs(got - expected).max() < float(jnp.finfo(dtype).eps) * 4 * np.abs(expected).max()
+
+
 # The tables that follow from a config.
 def test_patterns_repeat_over_the_layers():
     config = config_of(num_layers=5, windows=(8, 8, 0), rope_bases=(1e4, 1e6))
-    tables = layer_tables(config)
+    tables, frequencies = layer_tables(config)
     assert isinstance(tables, LayerTables)
     assert tables.window[[0, 1, 3, 4]].tolist() == [8, 8, 8, 8] and tables.window[2] > 1e8
-    np.testing.assert_array_equal(tables.inverse_frequency[0], tables.inverse_frequency[2])
-    assert tables.inverse_frequency[1][1] < tables.inverse_frequency[0][1]
+    assert len(frequencies) == 2 and len(set(tables.rotary[[0, 2, 4]])) == len(set(tables.rotary[[1, 3]])) == 1
+    assert frequencies[tables.rotary[1]][1] < frequencies[tables.rotary[0]][1]
 
 
 def test_rotary_scaling_is_llama_3s_formula():
     scaling = RopeScaling(factor=8.0, original_length=8192, low_frequency_factor=1.0, high_frequency_factor=4.0)
     config = ModelConfig(dim=128, num_heads=1, num_key_heads=1, rope_bases=(500000.0,), rope_scalings=(scaling,))
     wanted = numpy_decoder.frequencies(config, 0)
-    np.testing.assert_allclose(layer_tables(config).inverse_frequency[0], wanted, rtol=1e-6)
+    np.testing.assert_allclose(layer_tables(config)[1], wanted[None], rtol=1e-6)
     plain = numpy_decoder.frequencies(dataclasses.replace(config, rope_scalings=(RopeScaling(),)), 0)
     ratio = plain / wanted
     assert ratio[0] == 1 and ratio[-1] == pytest.approx(8) and ((ratio > 1.01) & (ratio < 7.9)).any()
