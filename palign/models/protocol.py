@@ -18,11 +18,11 @@ Params = dict[str, Any]
 class Cache(NamedTuple):
     """Keys and values of B prompts, and of the K samples that continue each; L layers, J key heads of width D."""
 
-    prompt_key: Float[Array, "L B P J D"]
-    prompt_value: Float[Array, "L B P J D"]
+    prompt_key: Float[Array, "L B J P D"]
+    prompt_value: Float[Array, "L B J P D"]
     prompt_length: Int[Array, " B"]
-    key: Float[Array, "L B K N J D"]
-    value: Float[Array, "L B K N J D"]
+    key: Float[Array, "L B K J N D"]
+    value: Float[Array, "L B K J N D"]
     step: Int[Array, ""]  # how many tokens of each sample are in the cache
 
 

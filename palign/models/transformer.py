@@ -71,29 +71,26 @@ def attend_prefill(q, k, v, window, cache, context, *, scale, softcap):
 
 
 def attend_decode(q, k, v, window, cache, context, *, scale, softcap):
-    """One token of each of K samples: sees its prompt's cache, which the samples share, and its own."""
+    """One token of each of K samples: sees its prompt's cache, which the samples share, its own, and itself."""
     prompt_key, prompt_value, key, value = cache
-    key = jax.lax.dynamic_update_slice_in_dim(key, k[:, :, None].astype(key.dtype), context.step, axis=2)
-    value = jax.lax.dynamic_update_slice_in_dim(value, v[:, :, None].astype(value.dtype), context.step, axis=2)
     B, K, H, E = q.shape
-    q = q.reshape(B, K, key.shape[3], -1, E)
+    q = q.reshape(B, K, k.shape[2], -1, E)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores = jnp.concatenate(
-        [product("bkjge,bpje->bkjgp", q, prompt_key), product("bkjge,bknje->bkjgn", q, key)], axis=-1
-    )
-    scores = scores * scale
+    of_prompt, of_own = product("bkjge,bjpe->bkjgp", q, prompt_key), product("bkjge,bkjne->bkjgn", q, key)
+    scores = scale * jnp.concatenate([of_prompt, of_own, product("bkjge,bkje->bkjg", q, k)[..., None]], axis=-1)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    slot, now = jnp.arange(prompt_key.shape[1])[None], context.prompt_length[:, None] + context.step
+    P, N = prompt_key.shape[2], key.shape[3]
+    slot, now = jnp.arange(P)[None], context.prompt_length[:, None] + context.step
     prompt_seen = (slot < context.prompt_length[:, None]) & (now - slot < window)  # [B, P]
-    ago = context.step - jnp.arange(key.shape[2])
-    own_seen = jnp.broadcast_to(((ago >= 0) & (ago < window))[None], (B, key.shape[2]))
-    seen = jnp.concatenate([prompt_seen, own_seen], axis=-1)[:, None, None, None]
+    ago = context.step - jnp.arange(N)
+    own_seen = jnp.append((ago > 0) & (ago < window), True)
+    seen = jnp.concatenate([prompt_seen, jnp.broadcast_to(own_seen[None], (B, N + 1))], axis=-1)[:, None, None, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1).astype(q.dtype)
-    split = prompt_key.shape[1]
-    out = product("bkjgp,bpje->bkjge", weights[..., :split], prompt_value)
-    out = out + product("bkjgn,bknje->bkjge", weights[..., split:], value)
-    return out.reshape(B, K, H, E).astype(q.dtype), (key, value)
+    to_prompt, to_own, to_itself = jnp.split(weights, (P, P + N), axis=-1)
+    out = product("bkjgp,bjpe->bkjge", to_prompt, prompt_value) + product("bkjgn,bkjne->bkjge", to_own, value)
+    out = out + to_itself * v[:, :, :, None]
+    return out.reshape(B, K, H, E).astype(q.dtype), (k, v)
 
 
 class Transformer(nn.Module):
@@ -204,8 +201,9 @@ def _prefill(config, run, params, token, length, *, samples, capacity):
     pairs = jnp.broadcast_to(causal, (B, *causal.shape))
     x, (key, value) = run(params, token, TreeContext(position, group, group * 0, pairs), None, attend_prefill)
     last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)[:, 0]
-    empty = jnp.zeros((config.num_layers, B, samples, capacity, *key.shape[-2:]), key.dtype)
-    return last, Cache(key[:, :, :P], value[:, :, :P], length, empty, empty, jnp.zeros((), jnp.int32))
+    key, value = (jnp.swapaxes(x[:, :, :P], 2, 3) for x in (key, value))
+    empty = jnp.zeros((config.num_layers, B, samples, key.shape[2], capacity, key.shape[-1]), key.dtype)
+    return last, Cache(key, value, length, empty, empty, jnp.zeros((), jnp.int32))
 
 
 def _decode_step(run, params, cache, token):
@@ -213,7 +211,11 @@ def _decode_step(run, params, cache, token):
     context = DecodeContext(position, cache.prompt_length, cache.step)
     layers = (cache.prompt_key, cache.prompt_value, cache.key, cache.value)
     x, (key, value) = run(params, token, context, layers, attend_decode)
-    return x, cache._replace(key=key, value=value, step=cache.step + 1)
+
+    def grow(kept, new):  # outside the scan over layers, which would copy all that is kept at every token
+        return jax.lax.dynamic_update_slice_in_dim(kept, new[..., None, :].astype(kept.dtype), cache.step, axis=-2)
+
+    return x, cache._replace(key=grow(cache.key, key), value=grow(cache.value, value), step=cache.step + 1)
 
 
 __all__ = ["LayerTables", "Transformer", "make_language_model"]

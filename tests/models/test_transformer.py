@@ -264,7 +264,7 @@ def test_decoding_equals_full_recomputation_for_ragged_prompts_and_several_sampl
         hidden, cache = step(params, cache, jnp.asarray(token))
         columns = length[:, None] + N * np.arange(K) + n
         np.testing.assert_allclose(hidden, full[np.arange(B)[:, None], columns], rtol=0, atol=limit)
-    assert cache.key.shape == (config.num_layers, B, K, N + 3, config.num_key_heads, config.head_width)
+    assert cache.key.shape == (config.num_layers, B, K, config.num_key_heads, N + 3, config.head_width)
     assert step._cache_size() == 1
 
 
