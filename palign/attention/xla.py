@@ -13,17 +13,38 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from palign.attention.walk import NEVER, Kernel, make_walk, visible
+from palign.attention.walk import NEVER, Kernel, Tokens, block_size, make_walk, visible
+
+MOST_PAIRS = 16  # of a trip; accelerators take so many
+CACHE = 5 * 2**19  # bytes that a trip on a CPU may touch: more heads or wider ones, fewer pairs
 
 
 @functools.cache
-def kernel(chunk: int = 16) -> Kernel:
+def kernel(chunk: int | None = None) -> Kernel:
     """The form that runs everywhere.
 
     Args:
-        chunk: block pairs per trip of the loop.
+        chunk: block pairs per trip of the loop; None: `MOST_PAIRS`, on a CPU no more than its caches hold.
     """
-    return Kernel(functools.partial(_forward, chunk), functools.partial(_backward, chunk))
+    parts = (_forward, _backward)
+    return Kernel(
+        *(functools.partial(_in_caches, part) if chunk is None else functools.partial(part, chunk) for part in parts)
+    )
+
+
+def _in_caches(part, scoring, query, key, value, tokens, *saved):
+    """Runs a part with as many pairs a trip as the platform likes that it is compiled for."""
+    sides = {"cpu": pairs_in_caches(query.shape, tokens), "default": MOST_PAIRS}
+    run = {platform: functools.partial(part, pairs, scoring) for platform, pairs in sides.items()}
+    return jax.lax.platform_dependent(query, key, value, tokens, *saved, **run)
+
+
+def pairs_in_caches(query_shape: tuple[int, ...], tokens: Tokens) -> int:
+    """Block pairs of a trip whose scores, queries, keys, values and cotangents `CACHE` holds."""
+    *_, heads, width = query_shape
+    block = block_size(tokens.key.position.shape[1], tokens.block_pairs.shape[1])
+    touched = 4 * heads * block * (block + 4 * width)
+    return max(1, min(MOST_PAIRS, CACHE // touched))
 
 
 def _forward(chunk, scoring, query, key, value, tokens, window):

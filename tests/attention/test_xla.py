@@ -33,14 +33,23 @@ random_rows = functools.partial(rows.random_rows, rows=R, tokens=T, block=BLOCK)
 
 
 @pytest.mark.parametrize("shuffle", [False, True], ids=["in order", "reordered"])
-@pytest.mark.parametrize(("softcap", "chunk", "key_heads"), [(None, 5, 2), (2.0, 16, 1), (None, 300, 4)])
+@pytest.mark.parametrize(
+    ("softcap", "chunk", "key_heads"), [(None, 5, 2), (2.0, 16, 1), (None, 300, 4), (None, None, 2)]
+)
 def test_values_and_gradients_equal_the_dense_rule_on_random_trees(softcap, chunk, key_heads, shuffle):
-    rng = np.random.default_rng(chunk)
+    rng = np.random.default_rng(key_heads)
     both = compile_both(softcap, chunk)
     for window in (EVERYTHING, 2, 3, 9, EVERYTHING):
         ids, pairs = random_rows(rng, shuffle=shuffle)
         by_pairs, dense = both(random_arrays(rng, key_heads), ids, pairs, window)
         assert largest_difference(by_pairs, dense) < 2e-6
+
+
+@pytest.mark.parametrize(("heads", "width", "pairs"), [(2, 32, 16), (8, 32, 6), (14, 64, 2), (32, 128, 1)])
+def test_a_trip_on_a_cpu_takes_what_its_caches_hold_and_one_pair_at_least(heads, width, pairs):
+    ids = Ids(*(np.zeros((1, 256), np.int32),) * 3)
+    tokens = Tokens(ids, ids, list_block_pairs(*(np.zeros(256, np.int32),) * 3, 64)[None])
+    assert xla.pairs_in_caches((1, 256, heads, width), tokens) == pairs
 
 
 def test_padding_gives_exactly_zero_and_finite_gradients():
