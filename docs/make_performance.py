@@ -31,9 +31,10 @@ Result = Mapping[str, Any]
 
 # Why a goal is missed, by its id; a goal that is met needs none.
 REASONS: dict[str, str] = {
-    "C2": "palign repeats layers and logits in the backward to save memory (C6), where the loop keeps them, and XLA's "
-    "code between the matrix products takes a large part of the step; which of the two costs how much was not measured",
-    "C9": "the step has some 500 fusions, which XLA compiles one by one; from the second start on the cache has them",
+    "C2": "the products are the same, and palign makes one more: it computes the logits again in the backward, to save "
+    "memory (C6), which in a trace of the step is the largest part that the loop does not have",
+    "C9": "XLA compiles the step's fusions one by one, and those of the optimizer, three for every array of parameters, "
+    "are a good part of them; from the second start on the cache has them",
 }
 
 
