@@ -33,7 +33,7 @@ Result = Mapping[str, Any]
 REASONS: dict[str, str] = {
     "C2": "the products are the same, and palign makes one more: it computes the logits again in the backward, to save "
     "memory (C6), which in a trace of the step is the largest part that the loop does not have",
-    "C9": "XLA compiles the step's fusions one by one, and those of the optimizer, three for every array of parameters, "
+    "C9": "XLA compiles the step's fusions one by one, and those of the optimizer, three for each array of parameters, "
     "are a good part of them; from the second start on the cache has them",
 }
 
