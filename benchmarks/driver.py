@@ -396,9 +396,13 @@ def describe_machine() -> dict[str, Any]:
 
 
 def find_commit() -> str:
-    """What Git calls this state of the code; "unknown" outside a repository."""
-    command = ["git", "describe", "--always", "--dirty"]
+    """The commit of this code, "-dirty" where it was changed, results apart; "unknown" outside a repository."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
