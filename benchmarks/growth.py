@@ -263,7 +263,7 @@ def picture(name: str, x: Sequence[float], series: Mapping[str, Any], x_label: s
     palette = colours(list(series))
     with matplotlib.rc_context(STYLE):
         figure = new_figure(4.2, 2.9 + 0.22 * len(series))
-        axes = figure.add_axes((0.2, 0.5 / figure.get_figheight(), 0.77, 2.3 / figure.get_figheight()))
+        axes = figure.add_axes((0.2, 0.5 / figure.get_figheight(), 0.73, 2.3 / figure.get_figheight()))
         for i, (label, y) in enumerate(series.items()):
             axes.plot(x, y, color=palette[label], marker="o", markersize=4, linestyle="--" if i else "-", label=label)
         axes.set_xscale("log", base=2)

@@ -73,7 +73,7 @@ def main() -> None:
         loss = loss_of(x, w, frozen, token)
         loss.backward()
         norms = {
-            name: torch.linalg.vector_norm(leaf.grad, dtype=torch.float32).item()
+            name: torch.linalg.vector_norm(leaf.grad, dtype=torch.float64).item()
             for name, leaf in (("dhidden", x), ("dkernel", w))
         }
         return Done({"loss": loss.item()} | norms, {"targets": flags.targets}, {})
