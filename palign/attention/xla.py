@@ -26,10 +26,9 @@ def kernel(chunk: int | None = None) -> Kernel:
     Args:
         chunk: block pairs per trip of the loop; None: `MOST_PAIRS`, on a CPU no more than its caches hold.
     """
-    parts = (_forward, _backward)
-    return Kernel(
-        *(functools.partial(_in_caches, part) if chunk is None else functools.partial(part, chunk) for part in parts)
-    )
+    if chunk is None:
+        return Kernel(functools.partial(_in_caches, _forward), functools.partial(_in_caches, _backward))
+    return Kernel(functools.partial(_forward, chunk), functools.partial(_backward, chunk))
 
 
 def _in_caches(part, scoring, query, key, value, tokens, *saved):

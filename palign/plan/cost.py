@@ -132,7 +132,8 @@ def forward_of(model: ModelConfig, rows: Batch) -> Forward:
         rows: with any leading axes.
     """
     context = rows.position[rows.group > 0] + 1
-    seen = sum(float(np.minimum(context, window).sum()) for window in layer_tables(model)[0].window)
+    tables, _ = layer_tables(model)
+    seen = sum(float(np.minimum(context, window).sum()) for window in tables.window)
     return Forward(
         layers=2.0 * layer_products(model) * context.size,
         attention=4.0 * model.num_heads * model.head_width * seen,

@@ -155,7 +155,8 @@ def _inputs(config, mesh, dataset):
     heads = (model.num_heads, model.num_key_heads, model.num_key_heads, model.num_heads)
     shapes = [jax.ShapeDtypeStruct((rows, length, n, model.head_width), compute_dtype(model)) for n in heads]
     tokens = (batch.position, batch.group, batch.branch, batch.block_pairs)
-    return *shapes, tokens, jnp.asarray(layer_tables(model)[0].window[0])
+    tables, _ = layer_tables(model)
+    return *shapes, tokens, jnp.asarray(tables.window[0])
 
 
 def _draw(shapes):
