@@ -11,7 +11,7 @@ import subprocess
 from typing import NamedTuple
 
 from benchmarks import cases
-from benchmarks.driver import RELATIVE, SECONDS, Contestant, Goal, Race, contestant, parse, run
+from benchmarks.driver import MEMORY, RELATIVE, SECONDS, Contestant, Goal, Race, contestant, parse, run
 
 PALIGN, JAX, TORCH, TRL, LIGER = "palign", "JAX, full logits", "PyTorch, full logits", "TRL, chunked", "Liger"
 GRADIENTS = ("dhidden", "dkernel")
@@ -36,10 +36,30 @@ GPU = {
     "logps": Sizes(targets=8192, width=4096, vocabulary=151936, dtype="bfloat16"),
     "divergence": Sizes(targets=8192, width=4096, vocabulary=128256, dtype="bfloat16"),
 }
+GOALS_ON_GPU = {
+    "logps": (
+        Goal("H1", SECONDS, (TRL,), PALIGN, at_least=2.0),
+        Goal("H1", SECONDS, (LIGER,), PALIGN, at_least=2.0),
+        Goal("H1", SECONDS, (PALIGN,), TORCH, at_most=1.35),
+        Goal("full logits", SECONDS, (JAX,), PALIGN),
+    ),
+    "divergence": (
+        Goal("H6", SECONDS, (LIGER,), PALIGN, at_least=1.0),
+        Goal("full logits", SECONDS, (JAX, TORCH), PALIGN),
+    ),
+}
+# Nothing is asked for at the sizes that a CPU can do.
+AGAINST_FULL = (
+    Goal("full logits", SECONDS, (JAX,), PALIGN),
+    Goal("full logits, PyTorch", SECONDS, (TORCH,), PALIGN),
+    Goal("full logits, memory", MEMORY, (PALIGN,), JAX),
+)
+GOALS_ON_CPU = {"logps": (*AGAINST_FULL, Goal("TRL", SECONDS, (TRL,), PALIGN)), "divergence": AGAINST_FULL}
 TITLES = {"logps": "log-probabilities", "divergence": "divergence"}  # docs/make_performance.py knows them
 
 
-def race(what: str, sizes: Sizes, flags, liger: bool) -> Race:
+def race(what: str, flags, large: bool) -> Race:
+    sizes = TINY if flags.tiny else (GPU if large else CPU)[what]
     shared = [f"--{name}={value}" for name, value in sizes._asdict().items()]
     shared += [f"--what={what}", f"--seed={flags.seed}"]
 
@@ -51,20 +71,12 @@ def race(what: str, sizes: Sizes, flags, liger: bool) -> Race:
     entered.append(side(TORCH, "head_torch", "full", flags.peers_python))
     if what == "logps":
         entered.append(side(TRL, "head_torch", "trl", flags.peers_python))
-    entered.append(side(LIGER, "head_torch", "liger", flags.peers_python if liger else None))
+    if large:
+        python = flags.peers_python if has_liger(flags.peers_python) else None
+        entered.append(side(LIGER, "head_torch", "liger", python))
     title = f"{TITLES[what]}, {sizes.targets} targets, width {sizes.width}, V {sizes.vocabulary}, {sizes.dtype}"
-    return Race(title, tuple(entered), flags.rounds, goals(what), unit="targets", tolerances=TOLERANCES[sizes.dtype])
-
-
-def goals(what: str) -> tuple[Goal, ...]:
-    if what == "divergence":
-        return (Goal("H6", SECONDS, (LIGER,), PALIGN, at_least=1.0), Goal("full logits", SECONDS, (JAX, TORCH), PALIGN))
-    return (
-        Goal("H1", SECONDS, (TRL,), PALIGN, at_least=2.0),
-        Goal("H1", SECONDS, (LIGER,), PALIGN, at_least=2.0),
-        Goal("H1", SECONDS, (PALIGN,), TORCH, at_most=1.35),
-        Goal("full logits", SECONDS, (JAX,), PALIGN),
-    )
+    goals = (GOALS_ON_GPU if large else GOALS_ON_CPU)[what]
+    return Race(title, tuple(entered), flags.rounds, goals, unit="targets", tolerances=TOLERANCES[sizes.dtype])
 
 
 def has_liger(python: str | None) -> bool:
@@ -76,9 +88,7 @@ def has_liger(python: str | None) -> bool:
 def main() -> None:
     flags = parse(__doc__, rounds=5)
     large = not flags.tiny and cases.on_gpu()
-    sizes = dict.fromkeys(TITLES, TINY) if flags.tiny else GPU if large else CPU
-    liger = large and has_liger(flags.peers_python)
-    run("loss_head", [race(what, sizes[what], flags, liger) for what in TITLES], flags)
+    run("loss_head", [race(what, flags, large) for what in TITLES], flags)
 
 
 if __name__ == "__main__":

@@ -249,6 +249,7 @@ QUESTIONS = (
         "profile_step",
         "growth",
         "sampling",
+        "loss_head",
     ),
     *("gpu/loss_head", "gpu/large_step", "gpu/realistic", "gpu/profile_step", "gpu/distill_head"),
 )
@@ -454,6 +455,7 @@ BLOCKS: dict[str, Callable[[Mapping[str, Result]], str]] = {
         + "\n\n"
         + single("distill_head", lambda m, r: m.planned_table(r["races"]), results)
     ),
+    "heads": lambda results: races_of("loss_head", results=results),
     "gpu": lambda results: races_of("gpu/loss_head", "gpu/large_step", results=results),
     "profile": functools.partial(single, "profile_step", profile_table),
     "gpu_profile": functools.partial(single, "gpu/profile_step", profile_table),

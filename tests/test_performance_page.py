@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 
 import pytest
 
@@ -61,6 +62,14 @@ def test_a_goal_is_met_or_missed_with_its_reason_or_not_measured(monkeypatch):
     monkeypatch.setitem(make_performance.REASONS, "C1", "because")
     assert row(BLOCKS["goals"](missed), "C1").endswith("|2.00 - **3.00** - 4.00|at least 3.5|missed: because|")
     assert "not measured" in row(BLOCKS["goals"](missed), "C2")
+
+
+@pytest.mark.parametrize(("target", "folder"), [("bench", ""), ("bench-peers", ""), ("bench-gpu", "gpu/")])
+def test_every_question_that_make_asks_has_a_place_on_the_page(target, folder):
+    commands = subprocess.run(["make", "-n", target], cwd=PAGE.parents[1], capture_output=True, text=True, check=True)
+    listed = re.findall(r"for question in ([\w ]+);", commands.stdout)
+    asked = {f"{folder}{name}" for names in listed for name in names.split()}
+    assert asked and asked <= set(QUESTIONS)
 
 
 def test_what_was_left_out_is_said():
