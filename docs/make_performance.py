@@ -341,13 +341,14 @@ def single(name: str, show: Callable[[Any, Result], str], results: Mapping[str, 
 
 
 def profile_table(profile: Any, result: Result) -> str:
-    """What the step is of, and the table of its parts."""
+    """What the step is of, the table of its parts, and how long it waits for rows."""
     amounts = {
         name: profile.Part(lambda: None, result["flops"].get(name, 0.0), result["bytes"].get(name, 0.0))
         for name in (*result["seconds"],)
     }
     counted = ", ".join(f"{value:,} {name}" for name, value in result["counts"].items())
-    return f"{result['device']}: {counted}.\n\n{profile.tabulate(amounts, result['seconds'])[0]}"
+    parts = profile.tabulate(amounts, result["seconds"])[0]
+    return f"{result['device']}: {counted}.\n\n{parts}\n\n{profile.describe_waits(result['waits'])}"
 
 
 def pictures(*names: str, results: Mapping[str, Result]) -> str:
