@@ -28,7 +28,7 @@ def thumbs(tmp_path_factory):
     return file, root
 
 
-@pytest.mark.parametrize("name", ["kto", "bco"])
+@pytest.mark.parametrize("name", [pytest.param("kto", marks=pytest.mark.slow), "bco"])
 def test_thumbs_train_and_evaluate_again_to_the_same_numbers(name, thumbs):
     file, root = thumbs
     sources = {"init_from": str(root / "sft"), "reference_from": str(root / "sft")}
