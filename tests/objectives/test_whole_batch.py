@@ -50,7 +50,10 @@ def update(name, micro_batches, devices=1, steps=2):
     return jax.device_get((state, metrics["loss"].sum))
 
 
-@pytest.mark.parametrize("name", ["kto", "aot", "aot_unpaired", "bco", "spa"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("aot_unpaired", "bco")]
+
+
+@pytest.mark.parametrize("name", ["kto", "aot", "spa", *SLOW])
 def test_micro_batches_do_not_change_the_update(name):
     whole, loss = update(name, 1)
     cut, other = update(name, 4)
@@ -59,7 +62,7 @@ def test_micro_batches_do_not_change_the_update(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), cut.carry, whole.carry)
 
 
-@pytest.mark.parametrize("name", ["kto", "aot_unpaired", pytest.param("bco", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["kto", *SLOW])
 def test_eight_devices_do_not_change_the_update(name):
     with uncached():
         spread, loss = update(name, 1, devices=8)
