@@ -43,7 +43,6 @@ def main() -> None:
     flags = driver.parse(__doc__, 3, lambda parser: parser.add_argument("--lengths", choices=SIZES, help="only these"))
     scale = cases.choose_scale(tiny=flags.tiny)
     longest, tokens = (64, 128) if flags.tiny else (1024, 2048)
-    # Without peers there is no goal to reach, and the shorter lengths show enough.
     chosen = SIZES if flags.peers_python else ["hh"]
     with contextlib.ExitStack() as stack:
         races = []

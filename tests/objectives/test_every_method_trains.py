@@ -33,7 +33,7 @@ SPEC.loader.exec_module(CONFIG)
 
 STEPS, ROWS = 20, 4
 # One of each way of feeding a loss in every run; all of them before a release.
-KINDS = "dpo kto lipo_lambda reverse_kl".split()
+KINDS = "sft dpo kto lipo_lambda bradley_terry reverse_kl bco_pair".split()
 # What gets better where the loss itself need not fall: weights in front of it change with the policy.
 OWN_QUANTITY = {"dft": "sft", "wpo": "dpo"}
 # The step size and numbers that fit so short a run; the defaults fit real models.

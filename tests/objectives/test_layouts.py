@@ -55,7 +55,7 @@ def compile_loss(name):
 
 
 # One of each way of feeding a loss in every run; all of them before a release.
-KINDS = "sft dpo tdpo2 wpo aot_unpaired bco lipo_lambda aligndistil".split()
+KINDS = "sft dpo simpo ld_dpo tdpo2 wpo aot_unpaired bco apo_zero_unpaired lipo_lambda sppo aligndistil".split()
 
 
 # Their relative error is the absolute one of a log-ratio, here the difference of two sums near 50 nats (1 ulp = 4e-6).
